@@ -1,0 +1,170 @@
+"""The contract between operator and worker pods.
+
+Down goes an :class:`Assignment`: the operator writes it as JSON into an annotation of the pod, the
+kubelet projects it into a file. Up come two documents: :class:`WorkerStatus`, which the operator
+reads over HTTP while the job runs, and :class:`TerminationMessage`, which the pod leaves behind and
+from which alone the end of a job is decided. All are small, versionless within one release, and
+tolerant: an unknown field from a newer peer is ignored, a missing one has a default.
+"""
+
+from enum import IntEnum, StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+TERMINATION_MESSAGE_LIMIT = 4096  # bytes; what Kubernetes keeps of a termination message
+
+
+class Wire(BaseModel):
+    """Base of every document on the wire: camelCase in JSON, frozen, tolerant of newer peers."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore"
+    )
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+class Order(StrEnum):
+    """What the operator wants a running worker to do at the next step boundary."""
+
+    NONE = "none"
+    SAVE = "save"  # save a checkpoint and go on
+    DRAIN = "drain"  # save a checkpoint and exit with ExitCode.PREEMPTED
+    STOP = "stop"  # exit without saving
+
+
+class ExitCode(IntEnum):
+    """Exit codes with a meaning; every other non-zero code is a failure within the budget."""
+
+    OK = 0  # done, together with Result.COMPLETE in the termination message
+    CONFIG = 78  # the configuration, data or tokenizer is wrong: never retried
+    DO_NOT_RETRY = 93  # the trainer knows that another attempt can't help
+    PREEMPTED = 143  # saved and left on request (128 + SIGTERM): free of charge
+
+
+class Phase(StrEnum):
+    """Where a rank is. Each phase has a deadline of its own."""
+
+    WAITING = "waiting"  # for an assignment or for peers
+    STARTING = "starting"  # process group, mesh, model
+    LOAD = "load"  # reading a checkpoint
+    FIRST_STEP = "firstStep"  # the first step after a start, compilation included
+    STEP = "step"
+    EVAL = "eval"
+    SAVE = "save"
+    DONE = "done"  # trained to the end and saved: the completion marker
+
+
+class Result(StrEnum):
+    """How a worker ended."""
+
+    COMPLETE = "complete"
+    PREEMPTED = "preempted"
+    CONFIG = "config"
+    FAILED = "failed"
+
+
+class Assignment(Wire):
+    """The place of one pod in one generation of the world.
+
+    ``generation`` grows with every change of membership; a worker ignores anything older than what
+    it has seen. ``leader`` is ``host:port`` of the meeting point, in the pod of rank 0. ``rank`` is
+    None for a pod that has no place in this generation and should wait. ``nonce`` opens the meeting
+    point and every mutating endpoint.
+    """
+
+    generation: Annotated[int, Field(ge=1)]
+    rank: Annotated[int, Field(ge=0)] | None = None
+    size: Annotated[int, Field(ge=1)]
+    leader: str
+    nonce: str
+    orders: Order = Order.NONE
+
+
+class CheckpointReport(Wire):
+    """The newest committed checkpoint, and those passed over because they were damaged."""
+
+    step: int
+    time: float  # seconds since the epoch, when it was committed
+    path: str  # relative to the checkpoint volume
+    bytes: int
+    seconds: float = 0.0  # how long training stood still for it
+    verified: str = "local"  # who read it back: "local" or "remote"
+
+
+class SkippedCheckpoint(Wire):
+    """A checkpoint that was not loaded, and the sentence that says why."""
+
+    step: int
+    reason: str
+
+
+class Progress(Wire):
+    """How far training is; published by global rank 0 after every logged step."""
+
+    step: int = 0
+    steps: int = 0
+    tokens: int = 0  # trained so far, over all restarts
+    loss: float | None = None
+    first_loss: float | None = None  # loss of step 1, kept across restarts
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None  # fraction, torchtitan's formula
+    step_seconds: float | None = None
+    data_wait_seconds: float | None = None  # waiting for data, of the last step
+    resumed_from: int | None = None  # step of the checkpoint this process started from
+    checkpoint: CheckpointReport | None = None
+    skipped: tuple[SkippedCheckpoint, ...] = ()
+    ledger: str | None = None  # hex; chained digest of the sample ids of every step so far
+
+
+class Failure(Wire):
+    """The first rank that failed, which is the cause; later failures are its echo."""
+
+    rank: int | None = None  # global rank
+    exit_code: int | None = None
+    signal: str | None = None  # e.g. "SIGKILL"
+    reason: str = "RankFailed"  # RankFailed, OOMKilled, Hung, Config, Launcher
+    message: str = ""  # the exception's last line, or the tail of the log
+
+
+class WorkerStatus(Wire):
+    """What ``GET /status`` of a worker answers."""
+
+    generation: int = 0
+    round: int = 0
+    rank: int | None = None
+    phase: Phase = Phase.WAITING
+    step: int = 0
+    beat_age_seconds: float | None = None  # since the slowest local rank last reported
+    restarts_in_place: int = 0
+    failures_without_progress: int = 0
+    progress: Progress = Progress()
+    last_failure: Failure | None = None
+    draining: bool = False
+
+
+class TerminationMessage(Wire):
+    """What a worker leaves in its termination message: the one record the end is decided from."""
+
+    result: Result
+    generation: int = 0
+    rank: int | None = None
+    exit_code: int = 0
+    progress: Progress = Progress()
+    restarts_in_place: int = 0
+    failure: Failure | None = None
+
+    def to_bytes(self) -> bytes:
+        """JSON of at most 4096 bytes; the failure's text is cut, from its front, to make it fit."""
+        data = self.to_json().encode()
+        if len(data) <= TERMINATION_MESSAGE_LIMIT or self.failure is None:
+            return data
+        excess = len(data) - TERMINATION_MESSAGE_LIMIT
+        text = self.failure.message.encode()[min(2 * excess, len(self.failure.message.encode())) :]
+        short = self.failure.model_copy(update={"message": text.decode(errors="ignore")})
+        return self.model_copy(update={"failure": short}).to_json().encode()
