@@ -1,0 +1,92 @@
+"""RunConfig: what a trainer process reads, in torchtitan's vocabulary.
+
+The sections and keys are torchtitan 0.2's, so that a file written for it can be read here, plus
+three of our own (training.epochs, training.non_finite, training.data_streams). The whole vocabulary
+is understood from the first day; what isn't built yet is refused by :mod:`pretrain_api.support`.
+"""
+
+from typing import Literal
+
+from pretrain_api.config.base import Section
+from pretrain_api.config.model import ActivationCheckpoint, Compile, Model, Quantize
+from pretrain_api.config.run import (
+    Checkpoint,
+    Comm,
+    Experimental,
+    FaultTolerance,
+    Job,
+    MemoryEstimation,
+    Metrics,
+    Profiling,
+    Validation,
+)
+from pretrain_api.config.training import LRScheduler, Optimizer, Parallelism, Training
+
+__all__ = [
+    "ActivationCheckpoint",
+    "Checkpoint",
+    "Comm",
+    "Compile",
+    "Experimental",
+    "FaultTolerance",
+    "Job",
+    "LRScheduler",
+    "MemoryEstimation",
+    "Metrics",
+    "Model",
+    "Optimizer",
+    "Parallelism",
+    "Profiling",
+    "Quantize",
+    "RunConfig",
+    "Section",
+    "Sections",
+    "Training",
+    "Validation",
+]
+
+
+class Sections(Section):
+    """Every section of a training run; shared by RunConfig and the spec of a PretrainJob."""
+
+    job: Job = Job()
+    """Name of the run and where it writes."""
+    model: Model = Model()
+    """Which model is trained."""
+    training: Training
+    """What is trained on, for how long, and in which precision."""
+    parallelism: Parallelism = Parallelism()
+    """How model and data are laid out over ranks."""
+    optimizer: Optimizer = Optimizer()
+    """How gradients change parameters."""
+    lr_scheduler: LRScheduler = LRScheduler()
+    """How the learning rate changes over the run."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When state is saved, what is kept, and what a start loads."""
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    """Recomputing activations instead of keeping them."""
+    compile: Compile = Compile()
+    """Compilation with torch.compile."""
+    quantize: Quantize = Quantize()
+    """Low precision training."""
+    metrics: Metrics = Metrics()
+    """What is measured and how often it is reported."""
+    profiling: Profiling = Profiling()
+    """Traces of the PyTorch profiler and snapshots of device memory."""
+    comm: Comm = Comm()
+    """Collective communication."""
+    validation: Validation = Validation()
+    """Loss on held-out data."""
+    memory_estimation: MemoryEstimation = MemoryEstimation()
+    """Estimate of memory use without training."""
+    fault_tolerance: FaultTolerance = FaultTolerance()
+    """Replicas that leave and join while others train."""
+    experimental: Experimental = Experimental()
+    """Hooks for code of one's own."""
+
+
+class RunConfig(Sections):
+    """The configuration file of a trainer process: all sections and a version."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema; a trainer refuses one it doesn't know."""

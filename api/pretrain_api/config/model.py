@@ -1,0 +1,129 @@
+"""Sections about the model: architecture, memory against compute, compilation, number formats."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pretrain_api.config.base import Names, Section, Text
+
+CompileComponent = Literal["model", "loss"]
+
+
+class Model(Section):
+    """Which model is trained."""
+
+    name: Annotated[str, Field(min_length=1, max_length=63)] = "llama3"
+    """Model family. A family the operator doesn't know is left to the trainer to judge."""
+    flavor: Annotated[str, Field(min_length=1, max_length=63)] = "debugmodel"
+    """Size within the family, such as 8B."""
+    hf_assets_path: Text = "./tests/assets/tokenizer"
+    """Folder with the Hugging Face tokenizer. In a cluster the default is the sample in the
+    image."""
+    tokenizer_path: Text | None = None
+    """Older name of hf_assets_path."""
+    converters: Names = ()
+    """Changes to the model before training, such as quantize.linear.float8."""
+    print_after_conversion: bool = False
+    """Write the model's structure to the log after the converters ran."""
+
+
+class ActivationCheckpoint(Section):
+    """Recomputing activations in the backward pass instead of keeping them."""
+
+    mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
+    """What is recomputed: nothing, every layer, some (see selective_ac_option) or as much as a
+    budget asks."""
+    selective_ac_option: Annotated[str, Field(pattern=r"^(op|[1-9][0-9]{0,5})$")] = "2"
+    """For mode selective: op keeps the results of costly operators, a number n recomputes every
+    n-th layer."""
+    per_op_sac_force_recompute_mm_shapes_by_fqns: Names = ("moe.router.gate",)
+    """For option op: linear layers whose shapes are always recomputed."""
+    early_stop: bool = False
+    """Stop recomputing as soon as the backward pass has what it needs."""
+    memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """For mode memory_budget: share of the activations' memory to keep."""
+    visualize_memory_budget_pareto: bool = False
+    """For mode memory_budget: draw memory against compute."""
+
+
+class Compile(Section):
+    """Compilation with torch.compile."""
+
+    enable: bool = False
+    """Compile the components."""
+    components: Annotated[tuple[CompileComponent, ...], Field(strict=False, max_length=2)] = (
+        "model",
+        "loss",
+    )
+    """What is compiled: each transformer block (model), the loss."""
+    backend: Annotated[str, Field(min_length=1, max_length=63)] = "inductor"
+    """Compiler backend."""
+
+
+class Float8Linear(Section):
+    """Float8 for linear layers."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather parameters in float8."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute the scales of all parameters at once after the optimizer step."""
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """How scales are shared."""
+    filter_fqns: Names = ()
+    """Layers that are left alone."""
+    emulate: bool = False
+    """Emulate float8 on hardware without it."""
+
+
+class MXLinear(Section):
+    """Microscaling formats for linear layers."""
+
+    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
+    """Kernel for the cast along dimension 1."""
+    recipe_name: Text = "mxfp8_cublas"
+    """Format and kernels."""
+    filter_fqns: Names = ("output",)
+    """Layers that are left alone."""
+
+
+class Float8GroupedMM(Section):
+    """Float8 for the grouped products of experts."""
+
+    fqns: Names = ()
+    """Layers to convert."""
+
+
+class MXGroupedMM(Section):
+    """Microscaling formats for the grouped products of experts."""
+
+    recipe_name: Literal["mxfp8"] = "mxfp8"
+    """Format and kernels."""
+    fqns: Names = ()
+    """Layers to convert."""
+
+
+class QuantizeLinear(Section):
+    """Low precision for linear layers."""
+
+    float8: Float8Linear = Float8Linear()
+    """Float8. Switched on by converter quantize.linear.float8."""
+    mx: MXLinear = MXLinear()
+    """Microscaling formats. Switched on by converter quantize.linear.mx."""
+
+
+class QuantizeGroupedMM(Section):
+    """Low precision for the grouped products of experts."""
+
+    float8: Float8GroupedMM = Float8GroupedMM()
+    """Float8. Switched on by converter quantize.grouped_mm.float8."""
+    mx: MXGroupedMM = MXGroupedMM()
+    """Microscaling formats. Switched on by converter quantize.grouped_mm.mx."""
+
+
+class Quantize(Section):
+    """Low precision training. model.converters switches it on."""
+
+    linear: QuantizeLinear = QuantizeLinear()
+    """Linear layers."""
+    grouped_mm: QuantizeGroupedMM = QuantizeGroupedMM()
+    """Grouped products of experts."""

@@ -1,0 +1,1 @@
+"""Shapes of every model family, one table per family, without torch."""
