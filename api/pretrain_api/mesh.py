@@ -9,7 +9,7 @@ with a sentence that names the key and the values that would do.
 from dataclasses import dataclass
 from math import prod
 
-from pretrain_api.config import Parallelism, Sections
+from pretrain_api.config import Parallelism, Sections, Training
 
 
 class MeshError(ValueError):
@@ -92,10 +92,17 @@ def batch_plan(config: Sections, world_size: int) -> BatchPlan:
 
     Raises MeshError if degrees, batch sizes or streams don't come out even.
     """
-    dp = resolve(config.parallelism, world_size).dp
-    local = config.training.local_batch_size
+    return split_batch(config.training, resolve(config.parallelism, world_size).dp)
+
+
+def split_batch(training: Training, dp: int) -> BatchPlan:
+    """Batch arithmetic over ``dp`` ranks that see different samples.
+
+    Raises MeshError if batch sizes or streams don't come out even.
+    """
+    local = training.local_batch_size
     per_pass = local * dp
-    wanted = config.training.global_batch_size
+    wanted = training.global_batch_size
     total = per_pass if wanted == -1 else wanted
     if total < 1 or total % per_pass:
         raise MeshError(
@@ -108,7 +115,7 @@ def batch_plan(config: Sections, world_size: int) -> BatchPlan:
         local_batch_size=local,
         accumulation_steps=total // per_pass,
         dp_degree=dp,
-        streams=_streams(config.training.data_streams, total, dp),
+        streams=_streams(training.data_streams, total, dp),
     )
 
 
