@@ -35,6 +35,7 @@ class Degrees:
 
     @property
     def world_size(self) -> int:
+        """Ranks in all."""
         return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
 
     @property

@@ -7,7 +7,6 @@ is understood from the first day; what isn't built yet is refused by :mod:`pretr
 
 from typing import Literal
 
-from pretrain_api.config.base import Section
 from pretrain_api.config.model import ActivationCheckpoint, Compile, Model, Quantize
 from pretrain_api.config.run import (
     Checkpoint,
@@ -21,6 +20,7 @@ from pretrain_api.config.run import (
     Validation,
 )
 from pretrain_api.config.training import LRScheduler, Optimizer, Parallelism, Training
+from pretrain_api.schema import Section
 
 __all__ = [
     "ActivationCheckpoint",

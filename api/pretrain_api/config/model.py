@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pretrain_api.config.base import Names, Section, Text
+from pretrain_api.schema import Names, Section, Text
 
 CompileComponent = Literal["model", "loss"]
 

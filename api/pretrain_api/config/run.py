@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from pretrain_api.config.base import MAX_INT, MAX_LIST, NonNegative, Positive, Section, Text
+from pretrain_api.schema import MAX_INT, MAX_LIST, NonNegative, Positive, Section, Text
 
 StateName = Literal[
     "model", "optimizer", "lr_scheduler", "data_loader", "train_state", "ledger", "dataloader"

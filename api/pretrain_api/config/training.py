@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pretrain_api.config.base import MAX_INT, MAX_LIST, Names, NonNegative, Positive, Section, Text
+from pretrain_api.schema import MAX_INT, MAX_LIST, Names, NonNegative, Positive, Section, Text
 
 Dataset = Literal["c4", "c4_test", "text", "jsonl"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -95,8 +95,7 @@ class LRScheduler(Section):
 
 
 class Parallelism(Section):
-    """How model and data are laid out over ranks. The product of all degrees is the number of
-    ranks."""
+    """How model and data are laid out over ranks; all degrees multiplied are the ranks."""
 
     data_parallel_replicate_degree: Positive = 1
     """Copies of the sharded model. More than 1 is hybrid sharding (HSDP)."""

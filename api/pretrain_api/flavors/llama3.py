@@ -38,6 +38,7 @@ class LlamaShape:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.n_heads
 
     @property

@@ -1,0 +1,163 @@
+"""PretrainJob: the custom resource users write.
+
+The training part of the spec is RunConfig's sections, same models and same keys, in camelCase; what
+remains is what Kubernetes must know: workers, volumes, recovery and lifetime. What may change while
+a job exists is said by transition rules: lifetime and recovery always, scheduling only while
+suspended, training and volumes never (create a new job and adopt the checkpoint).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic.alias_generators import to_camel
+
+from pretrain_api import names
+from pretrain_api.config import RunConfig, Sections
+from pretrain_api.pod import DnsName, PodTemplate, Quantity, Resources
+from pretrain_api.schema import MAX_TEXT, NonNegative, Positive, Section
+from pretrain_api.status import JobStatus
+
+AccessMode = Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]
+
+
+class Workers(Section):
+    """The pods that train. Each runs processesPerWorker ranks."""
+
+    replicas: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Number of workers."""
+    min_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Fewest workers to train with. Unset is replicas."""
+    max_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Most workers to train with. Unset is replicas."""
+    processes_per_worker: Annotated[int, Field(ge=1, le=256)] = 1
+    """Ranks in each worker; one per GPU where there are GPUs."""
+    image: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)] | None = None
+    """Image of the trainer. Unset is the operator's default."""
+    resources: Resources = Resources()
+    """Requests and limits of each worker."""
+    pod_template: PodTemplate = PodTemplate()
+    """Scheduling, environment and further volumes."""
+
+    @property
+    def max_size(self) -> int:
+        """The most workers there can be."""
+        return self.max_replicas or self.replicas
+
+
+class ClaimTemplate(Section):
+    """A claim the operator creates for the job."""
+
+    storage: Quantity
+    """Size of the volume, such as 100Gi."""
+    storage_class_name: Annotated[str, StringConstraints(max_length=253)] | None = None
+    """Storage class. Unset is the cluster's default."""
+    access_modes: Annotated[tuple[AccessMode, ...], Field(strict=False, max_length=3)] = ()
+    """How the volume may be mounted. Unset is ReadWriteMany for several workers and ReadWriteOnce
+    for one."""
+
+
+class CheckpointVolume(Section):
+    """Where checkpoints and everything else the run writes are kept."""
+
+    claim_template: ClaimTemplate | None = None
+    """A claim to create."""
+    claim_name: DnsName | None = None
+    """A claim that exists."""
+    sub_path: Annotated[str, StringConstraints(max_length=MAX_TEXT)] = ""
+    """Folder within the volume."""
+    retention: Literal["Retain", "Delete"] = "Retain"
+    """What becomes of a created claim when the job is deleted."""
+
+
+class Volumes(Section):
+    """Volumes with a meaning for training."""
+
+    checkpoint: CheckpointVolume | None = None
+    """Where checkpoints and everything else the run writes are kept."""
+
+
+class Recovery(Section):
+    """How often work is started again after failures, and how soon."""
+
+    max_restarts: NonNegative = 10
+    """Failures within the window after which the job fails. Preemptions are free."""
+    window_seconds: Positive = 3600
+    """Length of the window in which failures are counted. A new checkpoint empties it."""
+    backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 5
+    """Wait before the first restart; doubles with every failure in the window."""
+    max_backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 300
+    """Longest wait before a restart."""
+
+
+class JobSpec(Sections):
+    """What to train and with which workers."""
+
+    workers: Workers = Workers()
+    """The pods that train."""
+    volumes: Volumes = Volumes()
+    """Where they write."""
+    recovery: Recovery = Recovery()
+    """How often work is started again."""
+    suspend: bool = False
+    """Save, stop and free the workers. Training goes on where it was when set back to false."""
+    managed_by: (
+        Annotated[str, StringConstraints(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._/-]+$", max_length=63)]
+        | None
+    ) = None
+    """Controller in charge. Anything but pretrain.dev/pretrain-operator, such as
+    kueue.x-k8s.io/multikueue, makes the operator leave the job alone."""
+    active_deadline_seconds: Positive | None = None
+    """Seconds since startTime after which the job fails."""
+    scheduling_timeout_seconds: Positive | None = None
+    """Seconds pods may wait for a node before the job fails."""
+    ttl_seconds_after_finished: NonNegative | None = None
+    """Seconds after which a finished job is deleted. Unset keeps it."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks at the largest size."""
+        return self.workers.max_size * self.workers.processes_per_worker
+
+
+class ObjectMeta(BaseModel):
+    """The parts of an object's metadata that matter here."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore"
+    )
+
+    name: str = ""
+    namespace: str | None = None
+    uid: str | None = None
+    generation: int | None = None
+    resource_version: str | None = None
+    creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class PretrainJob(BaseModel):
+    """The whole object, as the API server stores it."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid"
+    )
+
+    api_version: Literal["pretrain.dev/v1alpha1"] = names.API_VERSION
+    kind: Literal["PretrainJob"] = names.KIND
+    metadata: ObjectMeta = ObjectMeta()
+    spec: JobSpec
+    status: JobStatus = JobStatus()
+
+    def run_config(self, output_dir: str = names.OUTPUT_DIR) -> RunConfig:
+        """The configuration its trainer processes read, complete with all defaults.
+
+        ``output_dir`` is where the checkpoint volume is mounted; it becomes job.dump_folder. The
+        sub path is not part of it: the operator mounts that folder of the volume alone.
+        """
+        sections: dict[str, Any] = {
+            name: getattr(self.spec, name) for name in Sections.model_fields
+        }
+        sections["job"] = self.spec.job.model_copy(update={"dump_folder": output_dir})
+        return RunConfig.model_construct(**sections)
