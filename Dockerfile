@@ -15,8 +15,11 @@ ENV LANG=C.UTF-8 \
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1
 # The venv stays without pip: nobody installs into a running container. /var/pretrain is where pods
-# mount their volumes; the folders are here so that a plain `docker run` works as well.
+# mount their volumes; the folders are here so that a plain `docker run` works as well. The user has
+# a name because torch asks for it when it chooses cache folders.
 RUN python3 -m venv --without-pip /opt/pretrain/venv && \
+    echo "pretrain:x:10001:10001::/var/pretrain/scratch:/usr/sbin/nologin" >> /etc/passwd && \
+    echo "pretrain:x:10001:" >> /etc/group && \
     mkdir -p /opt/pretrain/app /var/pretrain/output /var/pretrain/scratch && \
     chown -R 10001:10001 /var/pretrain
 WORKDIR /var/pretrain

@@ -1,0 +1,59 @@
+# The few verbs of this repository. `make help` lists them.
+#
+# demo and test set up all they need on a fresh machine, and find it again the next time: Python
+# packages in .venv, programs and images of the one-machine cluster in the user's cache.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLUSTER ?= devcluster
+export CLUSTER CONTEXT REGISTRY
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit lint format generate up down constraints
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## Python packages, into .venv
+
+demo: setup ## A cluster, a job on it, a pod killed on the way, and the end it reaches all the same
+	@$(BIN)/python -m pretrain_demo
+
+test: setup ## Everything CI runs: lint, unit tests, tests on a real cluster (root, Linux)
+	@tests/run
+
+unit: setup ## The tests that need no cluster (T=path picks some)
+	@$(BIN)/python -m pytest -m "not cluster" $(T)
+
+lint: setup ## Style, types, layers, generated files: what must be clean before a test is worth running
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: setup ## Let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generate: setup ## The CRD, from the models, into manifests/ and the chart
+	$(BIN)/python -m pretrain_api.crd > manifests/base/crds/pretrainjobs.yaml
+	cp manifests/base/crds/pretrainjobs.yaml charts/pretrain-operator/files/crds/pretrainjobs.yaml
+
+up: setup ## A Kubernetes cluster on this machine, with our images and the operator
+	@$(BIN)/python -m pretrain_demo --up
+
+down: setup ## Remove that cluster; caches stay
+	@$(BIN)/python -m pretrain_devcluster down
+
+constraints: setup ## Renew constraints.txt within the bounds of pyproject.toml
+	$(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras pyproject.toml -o constraints.txt
+
+# uv keeps unpacked packages in the user's cache and hard-links them: the second environment on a
+# machine takes seconds.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv==0.13.8; }
+	@echo "installing Python packages into $(VENV)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,operator,trainer,cli]'
+	@touch $@
