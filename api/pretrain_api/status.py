@@ -107,6 +107,14 @@ class AssignmentStatus(Tolerant):
     """host:port where the workers meet, once the leader has an address."""
     workers: Annotated[tuple[Member, ...], Field(max_length=4096)] = ()
     """The members, by index."""
+    created: datetime | None = None
+    """When this generation was decided."""
+    not_before: datetime | None = None
+    """When its missing pods may be created: the wait after a failure."""
+    announced: datetime | None = None
+    """When its members were told about each other."""
+    in_place_before: int = 0
+    """Restarts within pods that the leader's own count doesn't include."""
 
 
 class ProgressStatus(Tolerant):
@@ -185,8 +193,14 @@ class Attempt(Tolerant):
     """Why it ended, in one CamelCase word."""
     message: Annotated[str, Field(max_length=MAX_MESSAGE)] = ""
     """Why it ended, in a sentence."""
+    start_step: int | None = None
+    """Step of the checkpoint it started from."""
     step: int | None = None
     """Last step it reported."""
+    checkpoint_step: int | None = None
+    """Step of the newest checkpoint at its end; the next attempt starts there."""
+    lost_seconds: float | None = None
+    """Time spent on steps that no checkpoint kept."""
     pod: str | None = None
     """Pod that ended it."""
     node: str | None = None
@@ -195,6 +209,8 @@ class Attempt(Tolerant):
     """Global rank that failed first."""
     exit_code: int | None = None
     """Exit code of that rank or pod."""
+    signal: str | None = None
+    """Signal that ended it, as in SIGKILL."""
     charged: bool = False
     """Whether it counts against recovery.maxRestarts."""
 
