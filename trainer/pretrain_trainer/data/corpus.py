@@ -1,0 +1,234 @@
+"""Documents in local files, each within reach by its number.
+
+One pass over the files notes where every document starts: eight bytes a document, kept in a cache
+file and mapped into memory, so that the ranks of a machine share one copy and a restarted rank
+doesn't read the data again. Documents themselves are read when their turn comes.
+
+What is a document?
+
+- In JSON lines, each line that isn't empty.
+- In plain text, a file; one longer than 16 KiB is cut, at the first blank line after that, into
+  several. So a folder of articles keeps its articles, and one book is enough to train on: its
+  pieces can be shuffled and shared out. Whoever wants other borders writes JSON lines.
+"""
+
+import glob
+import hashlib
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain_trainer.data.cache import cached
+from pretrain_trainer.data.errors import DataError
+
+PIECE = 16 * 1024  # bytes of a text file that make a document
+BLOCK = 16 * 2**20  # bytes scanned at a time
+OPEN_FILES = 128  # kept open for reading
+
+Starts = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+Splitter = Callable[[Bytes], Starts]
+
+_BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+_NEWLINE, _RETURN = 10, 13
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A format: the endings of its files, and the rule that finds documents in one."""
+
+    name: str
+    endings: tuple[str, ...]
+    split: Splitter
+
+
+class Corpus:
+    """Random access to the documents of some files, in the order of the files' names.
+
+    ``digest`` is a hash of the files' names and content: it tells whether two runs saw the same
+    data, wherever the files lie.
+    """
+
+    def __init__(self, path: str, kind: Kind) -> None:
+        """Find and index the files of ``kind`` at ``path``: a file, a folder, or a glob pattern.
+
+        Raises DataError if there are none, one can't be read, or they hold no document.
+        """
+        found = find_files(path, kind.endings)
+        scans = [_scan(file, kind) for _, file in found]
+        self.files = [file for _, file in found]
+        self.digest = _digest(
+            (name, scan.digest) for (name, _), scan in zip(found, scans, strict=True)
+        )
+        self._starts = [scan.starts for scan in scans]
+        self._sizes = [scan.size for scan in scans]
+        self._firsts = np.cumsum([0] + [len(scan.starts) for scan in scans])
+        self._open: OrderedDict[int, int] = OrderedDict()
+        if not len(self):
+            raise DataError(f"{path}: no document in {_count(self.files)}; add some text")
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def read(self, document: int) -> bytes:
+        """The bytes of a document; raises DataError if its file has become shorter since."""
+        file, start, end = self._span(document)
+        data = os.pread(self._descriptor(file), end - start, start)
+        if len(data) < end - start:
+            raise DataError(
+                f"{self.files[file]}: ends at byte {start + len(data)}, but reached byte "
+                f"{self._sizes[file]} when training started; restore the file"
+            )
+        return data
+
+    def line(self, document: int) -> str:
+        """Where a document starts, as ``file:line``, for messages."""
+        file, start, _ = self._span(document)
+        with self.files[file].open("rb") as stream:
+            newlines = sum(block.count(b"\n") for block in _blocks(stream.read, start))
+        return f"{self.files[file]}:{newlines + 1}"
+
+    def _span(self, document: int) -> tuple[int, int, int]:
+        """File, first byte and end of a document."""
+        file = int(np.searchsorted(self._firsts, document, side="right")) - 1
+        starts, index = self._starts[file], document - int(self._firsts[file])
+        end = int(starts[index + 1]) if index + 1 < len(starts) else self._sizes[file]
+        return file, int(starts[index]), end
+
+    def _descriptor(self, file: int) -> int:
+        """An open descriptor; the one unused for longest is closed when there are too many."""
+        if file not in self._open:
+            if len(self._open) == OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[file] = _open(self.files[file])
+        self._open.move_to_end(file)
+        return self._open[file]
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def find_files(path: str, endings: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Files at ``path`` with their names relative to it, sorted by name.
+
+    A folder is searched to any depth for files with one of the ``endings``, hidden ones left out;
+    a file or a glob pattern names its files outright. Raises DataError if nothing is found.
+    """
+    root = Path(path)
+    if root.is_file():
+        return [(root.name, root)]
+    if root.is_dir():
+        files = [file for file in root.rglob("*") if file.suffix in endings and file.is_file()]
+    elif glob.has_magic(path):
+        files = [Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
+        root = Path(os.path.commonpath([file.parent for file in files])) if files else root
+    else:
+        raise DataError(f"training.dataset_path: {path} doesn't exist; name a file or a folder")
+    named = [(file.relative_to(root).as_posix(), file) for file in files]
+    visible = sorted(
+        pair for pair in named if not any(p.startswith(".") for p in Path(pair[0]).parts)
+    )
+    if not visible:
+        wanted = " or ".join(f"*{ending}" for ending in endings)
+        raise DataError(
+            f"training.dataset_path: no file {wanted} in {path}; name one that has some"
+        )
+    return visible
+
+
+def split_lines(data: Bytes) -> Starts:
+    """Where each line starts that isn't empty."""
+    newlines = [
+        np.flatnonzero(data[at : at + BLOCK] == _NEWLINE) + at for at in range(0, len(data), BLOCK)
+    ]
+    starts = np.concatenate([np.zeros(1, np.int64), *(found + 1 for found in newlines)])
+    starts = starts[starts < len(data)]
+    first = data[starts]
+    second = data[np.minimum(starts + 1, len(data) - 1)]
+    return starts[(first != _NEWLINE) & ((first != _RETURN) | (second != _NEWLINE))]
+
+
+def split_text(data: Bytes) -> Starts:
+    """Where each piece starts: at 0, and where :func:`_next_piece` says."""
+    view, starts, start = memoryview(data), [], 0
+    while start < len(data):
+        starts.append(start)
+        start = _next_piece(view, start)
+    return np.array(starts, np.int64)
+
+
+def _next_piece(view: memoryview, start: int) -> int:
+    """After a blank line if there is one in reach, else after a line, else between characters."""
+    least, most = start + PIECE, min(start + 2 * PIECE, len(view))
+    window = bytes(view[least:most])
+    if blank := _BLANK_LINES.search(window):
+        return least + blank.end()
+    if most == len(view):
+        return most
+    if newline := window.find(b"\n") + 1:
+        return least + newline
+    # Bytes 0b10xxxxxx continue a UTF-8 character, which has at most four bytes.
+    return most - next((back for back in range(4) if view[most - back] & 0xC0 != 0x80), 0)
+
+
+TEXT = Kind("text", (".txt",), split_text)
+JSONL = Kind("jsonl", (".jsonl", ".ndjson"), split_lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    starts: Starts
+    size: int
+    digest: str
+
+
+def _scan(path: Path, kind: Kind) -> _Scan:
+    """Index one file, from the cache if nothing about the file has changed."""
+    descriptor = _open(path)
+    try:
+        status = os.fstat(descriptor)
+        if status.st_size == 0:
+            return _Scan(np.zeros(0, np.int64), 0, hashlib.blake2b(b"", digest_size=16).hexdigest())
+        identity = f"{path.resolve()}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+        # The digest travels as the first two words of the array, so that one file holds both.
+        words = cached(f"1:{kind.name}:{identity}", lambda: _index(path, kind))
+    finally:
+        os.close(descriptor)
+    return _Scan(words[2:], status.st_size, words[:2].tobytes().hex())
+
+
+def _index(path: Path, kind: Kind) -> Starts:
+    data: Bytes = np.memmap(path, dtype=np.uint8, mode="r")
+    digest = hashlib.blake2b(digest_size=16)
+    for at in range(0, len(data), BLOCK):
+        digest.update(data[at : at + BLOCK])
+    return np.concatenate([np.frombuffer(digest.digest(), np.int64), kind.split(data)])
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror}); mend the file") from error
+
+
+def _blocks(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
+    while size > 0 and (block := read(min(size, BLOCK))):
+        size -= len(block)
+        yield block
+
+
+def _digest(parts: Iterator[tuple[str, str]]) -> str:
+    text = "\n".join(f"{name}\0{digest}" for name, digest in parts)
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def _count(files: list[Path]) -> str:
+    return "1 file" if len(files) == 1 else f"{len(files)} files"

@@ -1,0 +1,68 @@
+"""Work done ahead of need, in a thread.
+
+Tokenizing lets go of Python's lock, so a thread is enough to prepare the next steps while the
+device computes, and unlike a process it needs no copies, no serialisation and no cleaning up after.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Prefetcher(Generic[T]):
+    """Calls ``produce`` in a thread and keeps up to ``depth`` results ready, in order.
+
+    What ``produce`` raises is raised by the :meth:`get` whose turn it is, and by every one after
+    it. The thread is a daemon: it never keeps a process from ending.
+    """
+
+    def __init__(self, produce: Callable[[], T], depth: int) -> None:
+        self._produce = produce
+        self._depth = depth
+        self._ready: deque[T] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
+        self._thread.start()
+
+    def get(self) -> T:
+        """The next result; waits for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            if self._ready:
+                result = self._ready.popleft()
+                self._changed.notify_all()
+                return result
+            if self._error:
+                raise self._error
+            raise RuntimeError("the prefetcher is closed")
+
+    def close(self) -> None:
+        """Drop what is ready and end the thread once the call it is in returns; waits for that."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
+                if self._closed:
+                    return
+            try:
+                result = self._produce()
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                if not self._closed:
+                    self._ready.append(result)
+                self._changed.notify_all()

@@ -1,0 +1,185 @@
+"""Where documents come from, behind one interface.
+
+A source hands each stream its documents in a fixed order, from any point on: that is all packing
+needs, and all that resuming needs. Documents in local files can be reached at random, so their
+order is the shuffle of :mod:`.order`; what a hub sends comes in the order it is published in.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from pretrain_api import names
+from pretrain_api.config import Training
+from pretrain_trainer.data.corpus import JSONL, TEXT, Corpus
+from pretrain_trainer.data.errors import DataError
+from pretrain_trainer.data.order import Order, Place
+
+READ_AHEAD = 64  # documents of a stream whose places are computed at once
+
+# What comes with the project: beside the sources, or in the trainer image.
+SAMPLES = ("tests/assets/text/corpus.jsonl", f"{names.SAMPLE_DIR}/text/corpus.jsonl")
+
+
+class Document(NamedTuple):
+    """A document's turn: the ``ordinal``-th of its stream; ``identity`` is unique in the run."""
+
+    ordinal: int
+    identity: int
+    text: str
+
+
+class Source(Protocol):
+    """An ordered supply of documents, dealt out to streams."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be equal for two runs to see the same documents in the same order."""
+        ...
+
+    def open(self, first: Mapping[int, int]) -> dict[int, Iterator[Document]]:
+        """The documents of each stream in ``first``, from that ordinal on.
+
+        The iterators belong together and are used by one thread. They raise DataError or
+        DataUnavailable, and end after the last epoch.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of files; the source isn't used afterwards."""
+        ...
+
+
+def open_source(training: Training, streams: int) -> Source:
+    """The source that ``training.dataset`` and ``training.dataset_path`` name.
+
+    Raises DataError if it is missing or can't be used, DataUnavailable if it can't be reached.
+    """
+    match training.dataset:
+        case "c4":
+            # Hugging Face datasets takes seconds to import, and only this source needs it.
+            from pretrain_trainer.data.hub import HubSource
+
+            return HubSource.load(training.dataset_path, streams, training.epochs)
+        case "text":
+            corpus = Corpus(_path(training), TEXT)
+            return LocalSource(corpus, _decode_text, _order(corpus, training, streams))
+        case "jsonl" | "c4_test":
+            corpus = Corpus(_path(training), JSONL)
+            return LocalSource(corpus, _decode_json, _order(corpus, training, streams))
+
+
+class LocalSource:
+    """Documents of local files, shuffled anew in every epoch."""
+
+    def __init__(self, corpus: Corpus, decode: "Decode", order: Order) -> None:
+        """Raises DataError if the first document of the files isn't usable.
+
+        A wrong key or encoding shows in the first document as a rule, and should be told before
+        training starts rather than when the shuffle comes across it.
+        """
+        self._corpus = corpus
+        self._decode = decode
+        self._order = order
+        self._text(0)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        order = self._order
+        return {
+            "data": self._corpus.digest,
+            "documents": str(order.documents),
+            "seed": str(order.seed),
+        }
+
+    def open(self, first: Mapping[int, int]) -> dict[int, Iterator[Document]]:
+        return {stream: self._documents(stream, ordinal) for stream, ordinal in first.items()}
+
+    def close(self) -> None:
+        self._corpus.close()
+
+    def _documents(self, stream: int, ordinal: int) -> Iterator[Document]:
+        while places := self._order.places(stream, ordinal, READ_AHEAD):
+            for place in places:
+                yield Document(ordinal, self._identity(place), self._text(place.document))
+                ordinal += 1
+
+    def _identity(self, place: Place) -> int:
+        return place.epoch * self._order.documents + place.document
+
+    def _text(self, document: int) -> str:
+        return self._decode(self._corpus, document)
+
+
+class Decode(Protocol):
+    """Reads one document of a corpus as text."""
+
+    def __call__(self, corpus: Corpus, document: int, /) -> str: ...
+
+
+def _decode_text(corpus: Corpus, document: int) -> str:
+    try:
+        return corpus.read(document).decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise _not_unicode(corpus, document, error) from error
+
+
+def _decode_json(corpus: Corpus, document: int) -> str:
+    try:
+        record = json.loads(corpus.read(document).decode("utf-8").removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise _not_unicode(corpus, document, error) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{corpus.line(document)}: not valid JSON ({error}); {_EXPECTED}"
+        ) from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f"{corpus.line(document)}: {_found(record)}; {_EXPECTED}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{corpus.line(document)}: the text holds half of a surrogate pair at character "
+            f"{error.start}; mend or drop the line"
+        ) from error
+    return text
+
+
+_EXPECTED = 'each line must be an object such as {"text": "..."}'
+
+
+def _found(record: object) -> str:
+    """What a line without usable text has instead."""
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__} instead of an object"
+    if "text" in record:
+        return f'"text" is of type {type(record["text"]).__name__}'
+    keys = ", ".join(sorted(map(str, record))[:8]) or "none"
+    return f'no key "text" (its keys: {keys})'
+
+
+def _not_unicode(corpus: Corpus, document: int, error: UnicodeDecodeError) -> DataError:
+    line = corpus.line(document)
+    bad = error.object[error.start]
+    return DataError(
+        f"{line}: byte {error.start} from the start of this document (0x{bad:02x}) is not UTF-8; "
+        "convert the file to UTF-8"
+    )
+
+
+def _path(training: Training) -> str:
+    if training.dataset_path:
+        return training.dataset_path
+    samples = [path for path in SAMPLES if Path(path).is_file()]
+    if training.dataset == "c4_test" and samples:
+        return samples[0]
+    raise DataError(
+        f'training.dataset_path: unset, but dataset "{training.dataset}" is read from there; '
+        "name a file or a folder"
+    )
+
+
+def _order(corpus: Corpus, training: Training, streams: int) -> Order:
+    return Order(len(corpus), streams, training.seed or 0, training.epochs)
