@@ -1,0 +1,164 @@
+"""The chart over many values: every object valid, safe, with no right too many, and typos refused."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from pretrain_api import names
+
+pytestmark = pytest.mark.cluster  # needs helm, which is built with the cluster's tools
+
+Objects = list[dict[str, Any]]
+Render = Callable[..., Objects]
+Template = Callable[..., subprocess.CompletedProcess[str]]
+
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+VALUES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "two namespaces": {"watchNamespaces": ["team-a", "team-b"]},
+    "foreign registry": {
+        "image": {"registry": "registry.example:5000/mirror", "digest": DIGEST},
+        "trainerImage": {"registry": "registry.example:5000/mirror", "tag": "nightly"},
+        "imagePullSecrets": [{"name": "mirror"}],
+    },
+    "own account": {"serviceAccount": {"create": False, "name": "robot"}},
+    "placed": {
+        "nodeSelector": {"kubernetes.io/os": "linux"},
+        "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],
+        "affinity": {"nodeAffinity": {}},
+        "priorityClassName": "system-cluster-critical",
+        "podAnnotations": {"example.com/a": "b"},
+        "podLabels": {"team": "a"},
+    },
+    "plain": {
+        "crds": {"enabled": False},
+        "log": {"format": "text"},
+        "ports": {"metrics": 9191, "health": 8181},
+        "fullnameOverride": "trainer-control",
+    },
+}
+
+
+def of_kind(objects: Objects, kind: str) -> dict[str, Any]:
+    [found] = [each for each in objects if each["kind"] == kind]
+    return found
+
+
+def rules(objects: Objects) -> Iterator[dict[str, Any]]:
+    for each in objects:
+        if each["kind"] in {"Role", "ClusterRole"}:
+            yield from each["rules"]
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
+def test_every_object_is_valid(render: Render, values: dict[str, Any]) -> None:
+    objects = render(values)
+    assert len(objects) >= 4
+    for each in objects:
+        kubernetes_validate.validate(each, "1.34", strict=True)
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
+def test_rights_are_spelled_out_and_no_secret_is_readable(
+    render: Render, values: dict[str, Any]
+) -> None:
+    for rule in rules(render(values)):
+        for key in ("apiGroups", "resources", "verbs"):
+            assert "*" not in rule[key]
+        assert "secrets" not in rule["resources"]
+        assert not {"pods/exec", "pods/attach", "pods/ephemeralcontainers"} & set(rule["resources"])
+
+
+def test_with_named_namespaces_nothing_is_granted_outside_them(render: Render) -> None:
+    objects = render({"watchNamespaces": ["team-a", "team-b"], "crds": {"enabled": False}})
+    kinds = {each["kind"] for each in objects}
+    assert not {"ClusterRole", "ClusterRoleBinding"} & kinds
+    roles = [each for each in objects if each["kind"] == "RoleBinding"]
+    assert [each["metadata"]["namespace"] for each in roles] == ["team-a", "team-b"]
+
+
+def test_the_operator_runs_under_the_restricted_profile(render: Render) -> None:
+    pod = of_kind(render(), "Deployment")["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == names.USER_ID
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert "limits" in container["resources"]
+
+
+def test_one_operator_at_a_time(render: Render) -> None:
+    spec = of_kind(render(), "Deployment")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_images_come_from_where_the_values_say(render: Render) -> None:
+    deployment = of_kind(render(VALUES["foreign registry"]), "Deployment")
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    mirror = "registry.example:5000/mirror"
+    assert container["image"] == f"{mirror}/pretrain-operator@{DIGEST}"
+    assert variables["PRETRAIN_OPERATOR_TRAINER_IMAGE"] == f"{mirror}/pretrain-trainer:nightly"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_definition_survives_an_uninstall_unless_told_otherwise(
+    render: Render, keep: bool
+) -> None:
+    crd = of_kind(render({"crds": {"keep": keep}}), "CustomResourceDefinition")
+    policy = crd["metadata"].get("annotations", {}).get("helm.sh/resource-policy")
+    assert policy == ("keep" if keep else None)
+
+
+def test_the_definition_is_the_generated_one(render: Render, repository: Path) -> None:
+    crd = of_kind(render(), "CustomResourceDefinition")
+    generated = yaml.safe_load(
+        (repository / "manifests" / "base" / "crds" / "pretrainjobs.yaml").read_text()
+    )
+    assert crd["spec"] == generated["spec"]
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"imag": {}}, "imag"),
+        ({"image": {"taag": "x"}}, "taag"),
+        ({"image": {"digest": "sha256:short"}}, "digest"),
+        ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
+        ({"ports": {"health": 80}}, "health"),
+        ({"log": {"format": "xml"}}, "format"),
+        ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
+    ],
+)
+def test_a_mistake_in_the_values_is_refused(
+    template: Template, values: dict[str, Any], word: str
+) -> None:
+    outcome = template(values)
+    assert outcome.returncode != 0
+    assert word in outcome.stderr
+
+
+def without_release(document: dict[str, Any]) -> dict[str, Any]:
+    """The object without labels that only Helm sets."""
+    if isinstance(document, list):
+        return [without_release(each) for each in document]  # type: ignore[return-value]
+    if not isinstance(document, dict):
+        return document
+    gone = {"app.kubernetes.io/instance", "app.kubernetes.io/version", "helm.sh/chart",
+            "app.kubernetes.io/managed-by"}  # fmt: skip
+    return {key: without_release(value) for key, value in document.items() if key not in gone}
+
+
+def test_the_kustomize_base_is_what_the_chart_renders(render: Render, repository: Path) -> None:
+    base = repository / "manifests" / "base" / "operator.yaml"
+    plain = [each for each in yaml.safe_load_all(base.read_text()) if each]
+    rendered = [without_release(each) for each in render({"crds": {"enabled": False}})]
+    assert plain == rendered
