@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def cached(key: str, compute: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The array ``compute`` gives for ``key``, one-dimensional int64, perhaps from an earlier run."""
+    """The array ``compute`` gives, int64 of one dimension; computed before if ``key`` is known."""
     name = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=16).hexdigest()
     array = None
     try:

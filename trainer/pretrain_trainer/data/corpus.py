@@ -111,6 +111,7 @@ class Corpus:
         return self._open[file]
 
     def close(self) -> None:
+        """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
 

@@ -8,5 +8,5 @@ class DataError(ValueError):
     """
 
 
-class DataUnavailable(RuntimeError):
+class DataUnavailableError(RuntimeError):
     """The data can't be reached now; another attempt may succeed."""

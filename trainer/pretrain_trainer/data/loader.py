@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pretrain_api.config import RunConfig
-from pretrain_api.mesh import BatchPlan, split_batch
 from torch import Tensor
 
+from pretrain_api.config import RunConfig
+from pretrain_api.mesh import BatchPlan, split_batch
 from pretrain_trainer.data.errors import DataError
 from pretrain_trainer.data.packing import Cursor, Packer, Window, sample, sample_hash
 from pretrain_trainer.data.prefetch import Prefetcher
@@ -53,8 +53,8 @@ class StepBatch(NamedTuple):
 def build_loader(cfg: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_degree: int) -> "Loader":
     """The loader of data-parallel rank ``dp_rank``.
 
-    Raises DataError if the data set or the batch sizes can't be used, DataUnavailable if the data
-    set can't be reached.
+    Raises MeshError if batch sizes don't come out even, DataError if the data set can't be used,
+    DataUnavailableError if it can't be reached.
     """
     plan = split_batch(cfg.training, dp_degree)
     source = open_source(cfg.training, plan.streams)
@@ -93,7 +93,7 @@ class Loader:
     def next_step(self) -> StepBatch:
         """All microbatches of this rank for one optimizer step.
 
-        Raises DataError or DataUnavailable, on every further call as well.
+        Raises DataError or DataUnavailableError, on every further call as well.
         """
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self._producer().prepare, AHEAD)

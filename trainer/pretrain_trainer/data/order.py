@@ -71,7 +71,7 @@ def permute(positions: Integers, size: int, seed: int, epoch: int) -> Integers:
 
 
 def _feistel(values: Words, keys: Words, bits: int) -> Words:
-    """One pass over the domain of 2 * ``bits`` bits: halves swap, one masked by a mix of the other."""
+    """One pass over the domain of 2 * ``bits`` bits; halves swap, one changed by the other."""
     half = np.uint64(bits)
     mask = np.uint64((1 << bits) - 1)
     left, right = values >> half, values & mask

@@ -1,11 +1,11 @@
 """From a stream of documents to windows of tokens.
 
-A stream's documents, each with the tokenizer's begin and end tokens around it, make one endless row
-of tokens, which is cut into windows of ``seq_len + 1``. The first ``seq_len`` tokens of a window are
-the input, the last ``seq_len`` the labels. Windows don't overlap, so one token in ``seq_len + 1`` is
-never predicted: torchtitan cuts the same way, and a token belongs to exactly one sample. A window
-may hold several documents; positions start again at 0 in each, and document ids let attention stay
-inside one.
+A stream's documents, each between the tokenizer's begin and end tokens, make one endless row of
+tokens, which is cut into windows of ``seq_len + 1``. The first ``seq_len`` tokens of a window are
+the input, the last ``seq_len`` the labels. Windows don't overlap, so one token in ``seq_len + 1``
+is never predicted: torchtitan cuts the same way, and a token belongs to exactly one sample. A
+window may hold several documents; positions start again at 0 in each, and document ids let
+attention stay inside one.
 
 How far a stream is fits in two numbers, its cursor: the document whose turn it is, and how many of
 its tokens are used up. Packing never sees other streams, so a cursor means the same on every
@@ -53,7 +53,7 @@ class Window(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a model is fed, arrays of ``seq_len``: int64 tokens and labels, int32 positions and documents."""
+    """What a model is fed: tokens and labels are int64, the others int32, all of ``seq_len``."""
 
     tokens: Tokens
     labels: Tokens
@@ -65,7 +65,9 @@ class Encoder(Protocol):
     """What packing needs of a tokenizer."""
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int:
+        """The token that ends a document; padding is made of it."""
+        ...
 
     def encode_batch(self, texts: list[str]) -> list[Tokens]:
         """Token ids of each text, begin and end tokens included; never empty."""

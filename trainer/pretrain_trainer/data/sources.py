@@ -42,7 +42,7 @@ class Source(Protocol):
         """The documents of each stream in ``first``, from that ordinal on.
 
         The iterators belong together and are used by one thread. They raise DataError or
-        DataUnavailable, and end after the last epoch.
+        DataUnavailableError, and end after the last epoch.
         """
         ...
 
@@ -54,7 +54,7 @@ class Source(Protocol):
 def open_source(training: Training, streams: int) -> Source:
     """The source that ``training.dataset`` and ``training.dataset_path`` name.
 
-    Raises DataError if it is missing or can't be used, DataUnavailable if it can't be reached.
+    Raises DataError if it is missing or can't be used, DataUnavailableError if it can't be reached.
     """
     match training.dataset:
         case "c4":
@@ -86,6 +86,7 @@ class LocalSource:
 
     @property
     def identity(self) -> dict[str, str]:
+        """Digest of names and content of all files, their documents, and the shuffle's seed."""
         order = self._order
         return {
             "data": self._corpus.digest,
@@ -94,9 +95,11 @@ class LocalSource:
         }
 
     def open(self, first: Mapping[int, int]) -> dict[int, Iterator[Document]]:
+        """See :class:`Source`."""
         return {stream: self._documents(stream, ordinal) for stream, ordinal in first.items()}
 
     def close(self) -> None:
+        """Close all files."""
         self._corpus.close()
 
     def _documents(self, stream: int, ordinal: int) -> Iterator[Document]:
@@ -115,7 +118,9 @@ class LocalSource:
 class Decode(Protocol):
     """Reads one document of a corpus as text."""
 
-    def __call__(self, corpus: Corpus, document: int, /) -> str: ...
+    def __call__(self, corpus: Corpus, document: int, /) -> str:
+        """Raises DataError if the document isn't what it should be."""
+        ...
 
 
 def _decode_text(corpus: Corpus, document: int) -> str:
