@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from pretrain_api import names
+from pretrain_operator.settings import load
 
 pytestmark = pytest.mark.cluster  # needs helm, which is built with the cluster's tools
 
@@ -36,7 +37,8 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "plain": {
         "crds": {"enabled": False},
-        "log": {"format": "text"},
+        "log": {"format": "text", "level": "DEBUG"},
+        "workerPeers": [{"namespaceSelector": {"matchLabels": {"team": "it's ops"}}}],
         "ports": {"metrics": 9191, "health": 8181},
         "fullnameOverride": "trainer-control",
     },
@@ -107,6 +109,17 @@ def test_images_come_from_where_the_values_say(render: Render) -> None:
     mirror = "registry.example:5000/mirror"
     assert container["image"] == f"{mirror}/pretrain-operator@{DIGEST}"
     assert variables["PRETRAIN_OPERATOR_TRAINER_IMAGE"] == f"{mirror}/pretrain-trainer:nightly"
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
+def test_the_operator_reads_every_setting_the_chart_writes(
+    render: Render, values: dict[str, Any]
+) -> None:
+    pod = of_kind(render(values), "Deployment")["spec"]["template"]["spec"]
+    settings = load({each["name"]: each["value"] for each in pod["containers"][0]["env"]})
+    assert list(settings.namespaces) == values.get("watchNamespaces", [])
+    assert list(settings.worker_peers) == values.get("workerPeers", [])
+    assert settings.log_format == values.get("log", {}).get("format", "json")
 
 
 @pytest.mark.parametrize("keep", [True, False])
