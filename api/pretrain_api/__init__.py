@@ -1,1 +1,1 @@
-"""What operator, trainer and command line agree on: schemas, names and arithmetic. Pydantic only."""
+"""What operator, trainer and command line agree on: schemas, names, arithmetic."""

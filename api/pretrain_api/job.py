@@ -6,30 +6,55 @@ a job exists is said by transition rules: lifetime and recovery always, scheduli
 suspended, training and volumes never (create a new job and adopt the checkpoint).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
 from pretrain_api import names
 from pretrain_api.config import RunConfig, Sections
-from pretrain_api.pod import DnsName, PodTemplate, Quantity, Resources
-from pretrain_api.schema import MAX_TEXT, NonNegative, Positive, Section
+from pretrain_api.job_rules import SPEC_RULES, SPEC_TRANSITIONS
+from pretrain_api.pod import DnsName, PodTemplate, Quantity, Resources, one_of
+from pretrain_api.schema import (
+    LEAVES,
+    MAX_TEXT,
+    NonNegative,
+    PathText,
+    Positive,
+    Rule,
+    Section,
+    cel_mismatch,
+    or_else,
+)
 from pretrain_api.status import JobStatus
 
 AccessMode = Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]
 
 
+GPU: Final = "nvidia.com/gpu"
+
+
+def _default(value: Any) -> dict[str, Any]:
+    """A default the API server fills in, because its scale subresource or our rules read it."""
+    return {"x-kubernetes-default": value}
+
+
+def _enough_gpus(limit: str | int | None, processes: int) -> bool:
+    """Whether a limit is missing, or a whole number of GPUs that is enough."""
+    text = str(limit)
+    return limit is None or (text.isdecimal() and len(text) <= 6 and int(text) >= processes)
+
+
 class Workers(Section):
     """The pods that train. Each runs processesPerWorker ranks."""
 
-    replicas: Annotated[int, Field(ge=1, le=4096)] = 1
+    replicas: Annotated[int, Field(ge=1, le=4096, json_schema_extra=_default(1))] = 1
     """Number of workers."""
     min_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Fewest workers to train with. Unset is replicas."""
     max_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Most workers to train with. Unset is replicas."""
-    processes_per_worker: Annotated[int, Field(ge=1, le=256)] = 1
+    processes_per_worker: Annotated[int, Field(ge=1, le=256, json_schema_extra=_default(1))] = 1
     """Ranks in each worker; one per GPU where there are GPUs."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)] | None = None
     """Image of the trainer. Unset is the operator's default."""
@@ -37,6 +62,28 @@ class Workers(Section):
     """Requests and limits of each worker."""
     pod_template: PodTemplate = PodTemplate()
     """Scheduling, environment and further volumes."""
+
+    rules: ClassVar = (
+        *(
+            Rule(
+                path=path,
+                cel=f"!has(self.{to_camel(path)}) || self.{to_camel(path)} == self.replicas",
+                message="a size that varies is not supported yet; leave it unset",
+                holds=lambda w, path=path: getattr(w, path) in (None, w.replicas),
+            )
+            for path in ("min_replicas", "max_replicas")
+        ),
+        Rule(
+            path="processes_per_worker",
+            cel=f"!(has(self.resources) && has(self.resources.limits) && '{GPU}' in "
+            f"self.resources.limits) || (string(self.resources.limits['{GPU}']).matches("
+            f"'^[0-9]{{1,6}}$') && int(string(self.resources.limits['{GPU}'])) >= "
+            "self.processesPerWorker)",
+            message=f"every process needs a GPU of its own; {GPU} in resources.limits must be a "
+            "whole number that is not less",
+            holds=lambda w: _enough_gpus(w.resources.limits.get(GPU), w.processes_per_worker),
+        ),
+    )
 
     @property
     def max_size(self) -> int:
@@ -55,6 +102,15 @@ class ClaimTemplate(Section):
     """How the volume may be mounted. Unset is ReadWriteMany for several workers and ReadWriteOnce
     for one."""
 
+    rules: ClassVar = (
+        Rule(
+            path="storage",
+            cel="string(self.storage).matches('[1-9]')",
+            message="must be more than nothing, such as 100Gi",
+            holds=lambda c: any(digit in "123456789" for digit in str(c.storage)),
+        ),
+    )
+
 
 class CheckpointVolume(Section):
     """Where checkpoints and everything else the run writes are kept."""
@@ -63,10 +119,26 @@ class CheckpointVolume(Section):
     """A claim to create."""
     claim_name: DnsName | None = None
     """A claim that exists."""
-    sub_path: Annotated[str, StringConstraints(max_length=MAX_TEXT)] = ""
+    sub_path: PathText = ""
     """Folder within the volume."""
     retention: Literal["Retain", "Delete"] = "Retain"
     """What becomes of a created claim when the job is deleted."""
+
+    rules: ClassVar = (
+        one_of("claim_template", "claim_name"),
+        Rule(
+            path="sub_path",
+            cel=f"!has(self.subPath) || {cel_mismatch(LEAVES, 'self.subPath')}",
+            message="must be a relative path without . or .. or //",
+            holds=lambda v: not LEAVES.search(v.sub_path),
+        ),
+        Rule(
+            path="retention",
+            cel="!(has(self.claimName) && has(self.retention) && self.retention == 'Delete')",
+            message="Delete is for a claim the job creates; a claim named by claimName is kept",
+            holds=lambda v: v.claim_name is None or v.retention == "Retain",
+        ),
+    )
 
 
 class Volumes(Section):
@@ -88,17 +160,26 @@ class Recovery(Section):
     max_backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 300
     """Longest wait before a restart."""
 
+    rules: ClassVar = (
+        Rule(
+            path="max_backoff_seconds",
+            cel=f"{or_else('backoff_seconds', '5')} <= {or_else('max_backoff_seconds', '300')}",
+            message="must not be less than backoffSeconds",
+            holds=lambda r: r.backoff_seconds <= r.max_backoff_seconds,
+        ),
+    )
+
 
 class JobSpec(Sections):
     """What to train and with which workers."""
 
-    workers: Workers = Workers()
+    workers: Annotated[Workers, Field(json_schema_extra=_default({}))] = Workers()
     """The pods that train."""
     volumes: Volumes = Volumes()
     """Where they write."""
     recovery: Recovery = Recovery()
     """How often work is started again."""
-    suspend: bool = False
+    suspend: Annotated[bool, Field(json_schema_extra=_default(False))] = False
     """Save, stop and free the workers. Training goes on where it was when set back to false."""
     managed_by: (
         Annotated[str, StringConstraints(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._/-]+$", max_length=63)]
@@ -112,6 +193,9 @@ class JobSpec(Sections):
     """Seconds pods may wait for a node before the job fails."""
     ttl_seconds_after_finished: NonNegative | None = None
     """Seconds after which a finished job is deleted. Unset keeps it."""
+
+    rules: ClassVar = (*Sections.rules, *SPEC_RULES)
+    transitions: ClassVar = SPEC_TRANSITIONS
 
     @property
     def world_size(self) -> int:
@@ -150,11 +234,14 @@ class PretrainJob(BaseModel):
     spec: JobSpec
     status: JobStatus = JobStatus()
 
-    def run_config(self, output_dir: str = names.OUTPUT_DIR) -> RunConfig:
+    def run_config(
+        self, output_dir: str = names.OUTPUT_DIR, sample_dir: str = names.SAMPLE_DIR
+    ) -> RunConfig:
         """The configuration its trainer processes read, complete with all defaults.
 
         ``output_dir`` is where the checkpoint volume is mounted; it becomes job.dump_folder. The
         sub path is not part of it: the operator mounts that folder of the volume alone.
+        ``sample_dir`` holds the tokenizer used if the job names none.
         """
         sections: dict[str, Any] = {
             name: getattr(self.spec, name) for name in Sections.model_fields

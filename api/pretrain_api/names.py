@@ -15,6 +15,7 @@ PLURAL: Final = "pretrainjobs"
 SINGULAR: Final = "pretrainjob"
 SHORT_NAMES: Final = ("ptj",)
 CATEGORIES: Final = ("all", "ml")
+MAX_JOB_NAME: Final = 48  # characters; what children append must fit into the 63 of a label
 
 # Labels on every child object. The job's name is for people and selectors, its UID for ownership:
 # a job deleted and created again under the same name must never adopt its predecessor's children.
@@ -62,7 +63,7 @@ ENV_JOB_UID: Final = "PRETRAIN_JOB_UID"
 ENV_NAMESPACE: Final = "PRETRAIN_NAMESPACE"
 ENV_POD_NAME: Final = "PRETRAIN_POD_NAME"
 
-# Environment of a rank, beside torchrun's RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+# Environment of a rank, beside torchrun's RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 ENV_BOARD: Final = "PRETRAIN_BOARD"  # path of the shared-memory board
 ENV_GENERATION: Final = "PRETRAIN_GENERATION"
 ENV_ROUND: Final = "PRETRAIN_ROUND"

@@ -9,19 +9,28 @@ import re
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
-from pydantic.alias_generators import to_camel
 
-from pretrain_api.schema import MAX_TEXT, NonNegative, Positive, Rule, Section
+from pretrain_api.schema import (
+    CLIMBS,
+    LEAVES,
+    NonNegative,
+    PathText,
+    Positive,
+    Rule,
+    Section,
+    alias,
+    cel_mismatch,
+)
 
-MAX_ENTRIES = 64  # of labels, tolerations, volumes, ...
+MAX_ENTRIES = 32  # of labels, tolerations, volumes, ...
 MAX_ENV = 128
 
 DNS_LABEL: Final = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 DNS_NAME: Final = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 QUANTITY: Final = r"^([0-9]+|[0-9]+\.[0-9]+)(m|[kMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]+)?$"
 
-DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL)]
-DnsName = Annotated[str, StringConstraints(pattern=DNS_NAME)]
+DnsLabel = Annotated[str, StringConstraints(pattern=DNS_LABEL, max_length=63)]
+DnsName = Annotated[str, StringConstraints(pattern=DNS_NAME, max_length=253)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=253)]
 LabelKey = Annotated[
@@ -58,16 +67,9 @@ _RESERVED_LABEL = re.compile(
     r"|batch\.kubernetes\.io/.*|pod-security\.kubernetes\.io/.*)$"
 )
 # Directories of the worker's own volumes; a mount over one would replace what it needs.
-_RESERVED_MOUNT = re.compile(r"^/((etc|var|opt)/pretrain|dev|proc|sys|tmp)?(/.*)?$")
-
-
-def _matches(pattern: re.Pattern[str], cel: str) -> str:
-    """CEL that is true when the expression ``cel`` does not match ``pattern``."""
-    return f"!{cel}.matches({_quote(pattern.pattern)})"
-
-
-def _quote(text: str) -> str:
-    return "r'" + text + "'"
+_RESERVED_MOUNT = re.compile(
+    r"^/(etc|var|opt|usr|home)?/?$|^/((etc|var|opt)/pretrain|dev|proc|sys|tmp)(/.*)?$"
+)
 
 
 class Resources(Section):
@@ -97,12 +99,12 @@ class FieldRef(Section):
     """Path of the field, such as spec.nodeName."""
 
 
-def _one_of(*names: str) -> Rule:
+def one_of(*names: str) -> Rule:
     """Exactly one of the optional fields is set."""
-    aliases = ["downwardAPI" if name == "downward_api" else to_camel(name) for name in names]
+    spelled = [alias(name) for name in names]
     return Rule(
-        cel="[" + ", ".join(f"has(self.{a})" for a in aliases) + "].filter(x, x).size() == 1",
-        message=f"needs exactly one of {', '.join(aliases)}",
+        cel="[" + ", ".join(f"has(self.{name})" for name in spelled) + "].filter(x, x).size() == 1",
+        message=f"needs exactly one of {', '.join(spelled)}",
         holds=lambda section: sum(getattr(section, n) is not None for n in names) == 1,
     )
 
@@ -117,7 +119,7 @@ class EnvSource(Section):
     field_ref: FieldRef | None = None
     """A field of the pod."""
 
-    rules: ClassVar = (_one_of("secret_key_ref", "config_map_key_ref", "field_ref"),)
+    rules: ClassVar = (one_of("secret_key_ref", "config_map_key_ref", "field_ref"),)
 
 
 class EnvVar(Section):
@@ -137,10 +139,10 @@ class EnvVar(Section):
             holds=lambda e: e.value is None or e.value_from is None,
         ),
         Rule(
-            cel=_matches(_RESERVED_ENV, "self.name"),
+            cel=cel_mismatch(_RESERVED_ENV, "self.name"),
             message="this name is set by the operator or changes which code runs; choose another",
             holds=lambda e: not _RESERVED_ENV.match(e.name),
-            field="name",
+            path="name",
             explain=lambda e: (
                 f"{e.name} is set by the operator or changes which code runs; remove it"
             ),
@@ -247,7 +249,7 @@ class ClaimSource(Section):
 class DownwardItem(Section):
     """One file with a field of the pod."""
 
-    path: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
+    path: PathText
     """Path of the file within the volume."""
     field_ref: FieldRef
     """Field whose value it holds."""
@@ -273,16 +275,16 @@ class Volume(Section):
     """An empty folder that lives as long as the pod."""
     persistent_volume_claim: ClaimSource | None = None
     """A claim in the job's namespace."""
-    downward_api: Annotated[DownwardSource | None, Field(alias="downwardAPI")] = None
+    downward_api: DownwardSource | None = None
     """Files with fields of the pod itself."""
 
     rules: ClassVar = (
-        _one_of("config_map", "secret", "empty_dir", "persistent_volume_claim", "downward_api"),
+        one_of("config_map", "secret", "empty_dir", "persistent_volume_claim", "downward_api"),
         Rule(
             cel="!self.name.startsWith('pretrain-')",
             message="names that begin with pretrain- are the operator's; choose another",
             holds=lambda v: not v.name.startswith("pretrain-"),
-            field="name",
+            path="name",
         ),
     )
 
@@ -292,39 +294,33 @@ class VolumeMount(Section):
 
     name: DnsLabel
     """Name of the volume."""
-    mount_path: Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+    mount_path: PathText
     """Absolute path in the worker."""
-    sub_path: Annotated[str, StringConstraints(max_length=MAX_TEXT)] = ""
+    sub_path: PathText = ""
     """Folder within the volume to mount instead of its root."""
     read_only: bool = False
     """Mount it without the right to write."""
 
     rules: ClassVar = (
         Rule(
-            cel="self.mountPath.startsWith('/') && !('..' in self.mountPath.split('/'))",
-            message="must be an absolute path without ..",
-            holds=lambda m: m.mount_path.startswith("/") and ".." not in m.mount_path.split("/"),
-            field="mount_path",
+            cel=f"self.mountPath.startsWith('/') && {cel_mismatch(CLIMBS, 'self.mountPath')}",
+            message="must be an absolute path without . or .. or //",
+            holds=lambda m: m.mount_path.startswith("/") and not CLIMBS.search(m.mount_path),
+            path="mount_path",
         ),
         Rule(
-            cel=_matches(_RESERVED_MOUNT, "self.mountPath"),
+            cel=cel_mismatch(_RESERVED_MOUNT, "self.mountPath"),
             message="would cover what a worker needs; choose a folder such as /data",
             holds=lambda m: not _RESERVED_MOUNT.match(m.mount_path),
-            field="mount_path",
+            path="mount_path",
         ),
         Rule(
-            cel="!has(self.subPath) || "
-            "!(self.subPath.startsWith('/') || '..' in self.subPath.split('/'))",
-            message="must be a relative path without ..",
-            holds=lambda m: is_relative(m.sub_path),
-            field="sub_path",
+            cel=f"!has(self.subPath) || {cel_mismatch(LEAVES, 'self.subPath')}",
+            message="must be a relative path without . or .. or //",
+            holds=lambda m: not LEAVES.search(m.sub_path),
+            path="sub_path",
         ),
     )
-
-
-def is_relative(path: str) -> bool:
-    """Whether a path stays below the folder it is joined to."""
-    return not path.startswith("/") and ".." not in path.split("/")
 
 
 class PodTemplate(Section):
@@ -378,10 +374,11 @@ class PodTemplate(Section):
     rules: ClassVar = (
         *(
             Rule(
-                cel=f"!has(self.{field}) || self.{field}.all(k, {_matches(_RESERVED_LABEL, 'k')})",
+                cel=f"!has(self.{field}) || "
+                f"self.{field}.all(k, {cel_mismatch(_RESERVED_LABEL, 'k')})",
                 message="holds a key reserved for the operator or for Kubernetes; remove it",
                 holds=lambda t, field=field: not reserved_keys(getattr(t, field)),
-                field=field,
+                path=field,
                 explain=lambda t, field=field: (
                     ", ".join(reserved_keys(getattr(t, field)))
                     + " is reserved for the operator or for Kubernetes; remove it"
@@ -394,7 +391,7 @@ class PodTemplate(Section):
             "has(self.volumes) && self.volumes.exists(v, v.name == m.name))",
             message="every volumeMount must name one of podTemplate.volumes",
             holds=lambda t: {m.name for m in t.volume_mounts} <= {v.name for v in t.volumes},
-            field="volume_mounts",
+            path="volume_mounts",
         ),
     )
 

@@ -9,6 +9,7 @@ What a type can't say is a :class:`Rule`, written twice in one place: as CEL for
 as a Python predicate for everybody else. A test gives both the same inputs.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
@@ -24,8 +25,19 @@ MAX_INT = 2**31 - 1
 Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
 NonNegative = Annotated[int, Field(ge=0, le=MAX_INT)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+# No control characters: a path or a name ends up in logs and messages.
+PathText = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"^[^\x00-\x1f\x7f]*$")]
+# Paths that are not what they seem, and paths that leave the folder they are joined to.
+_DOTS = r"(^|/)[.][.]?(/|$)|//"
+CLIMBS = re.compile(_DOTS)
+LEAVES = re.compile("^/|" + _DOTS)
 # Tuples keep a frozen model hashable; not strict, because JSON, TOML and YAML all bring lists.
 Names = Annotated[tuple[Text, ...], Field(strict=False, max_length=MAX_LIST)]
+
+
+def alias(name: str) -> str:
+    """The camelCase spelling of a field; the initialism is Kubernetes' own."""
+    return "downwardAPI" if name == "downward_api" else to_camel(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +46,13 @@ class Rule:
 
     ``cel`` and ``holds`` say the same of ``self``; ``message`` is what is wrong when they don't
     hold. ``explain`` may give a better sentence than the static one, such as one with the legal
-    values. ``field`` is the snake_case field to blame, if it is one.
+    values. ``path`` is the key to blame, if it is one: snake_case, dotted.
     """
 
     cel: str
     message: str
     holds: Callable[[Any], bool]
-    field: str | None = None
+    path: str = ""
     explain: Callable[[Any], str] | None = None
 
     def sentence(self, section: Any) -> str:
@@ -60,7 +72,7 @@ class Section(BaseModel):
     """Frozen, strict, closed; accepts snake_case and camelCase, writes either."""
 
     model_config = ConfigDict(
-        alias_generator=to_camel,
+        alias_generator=alias,
         populate_by_name=True,
         frozen=True,
         extra="forbid",
@@ -78,8 +90,8 @@ class Section(BaseModel):
             InitErrorDetails(
                 # The sentence goes in as context: its own braces are no placeholders.
                 type=PydanticCustomError("rule", "{sentence}", {"sentence": rule.sentence(self)}),
-                loc=(_alias(type(self), rule.field),) if rule.field else (),
-                input=getattr(self, rule.field) if rule.field else None,
+                loc=tuple(aliases(rule.path)),
+                input=value_at(self, rule.path) if rule.path else None,
             )
             for rule in self.rules
             if not rule.holds(self)
@@ -89,5 +101,31 @@ class Section(BaseModel):
         return self
 
 
-def _alias(model: type[BaseModel], field: str) -> str:
-    return model.model_fields[field].alias or field
+def value_at(section: Any, path: str) -> Any:
+    """The value of a dotted snake_case path below a section; None where a section is missing."""
+    for name in path.split("."):
+        section = getattr(section, name, None)
+    return section
+
+
+def aliases(path: str) -> list[str]:
+    """The camelCase spelling of a dotted path, in parts."""
+    return [alias(name) for name in path.split(".")] if path else []
+
+
+def optional(path: str) -> tuple[str, str]:
+    """CEL for a path whose parts may all be missing: whether it is there, and its value."""
+    parts = ["self", *aliases(path)]
+    steps = [".".join(parts[: end + 1]) for end in range(1, len(parts))]
+    return "(" + " && ".join(f"has({step})" for step in steps) + ")", steps[-1]
+
+
+def or_else(path: str, default: str) -> str:
+    """CEL for the value at a path, or the default where it is missing."""
+    present, value = optional(path)
+    return f"({present} ? {value} : {default})"
+
+
+def cel_mismatch(pattern: re.Pattern[str], value: str) -> str:
+    """CEL that is true if the value of the CEL expression has no match of the pattern."""
+    return f"!{value}.matches(r'{pattern.pattern}')"

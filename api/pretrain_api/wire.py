@@ -24,6 +24,7 @@ class Wire(BaseModel):
     )
 
     def to_json(self) -> str:
+        """The document as it travels: camelCase, without empty fields."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
 

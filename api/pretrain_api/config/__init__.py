@@ -5,7 +5,7 @@ three of our own (training.epochs, training.non_finite, training.data_streams). 
 is understood from the first day; what isn't built yet is refused by :mod:`pretrain_api.support`.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pretrain_api.config.model import ActivationCheckpoint, Compile, Model, Quantize
 from pretrain_api.config.run import (
@@ -21,6 +21,7 @@ from pretrain_api.config.run import (
 )
 from pretrain_api.config.training import LRScheduler, Optimizer, Parallelism, Training
 from pretrain_api.schema import Section
+from pretrain_api.support import support_rules
 
 __all__ = [
     "ActivationCheckpoint",
@@ -83,6 +84,8 @@ class Sections(Section):
     """Replicas that leave and join while others train."""
     experimental: Experimental = Experimental()
     """Hooks for code of one's own."""
+
+    rules: ClassVar = support_rules()
 
 
 class RunConfig(Sections):

@@ -1,10 +1,15 @@
 """Sections about the model: architecture, memory against compute, compilation, number formats."""
 
-from typing import Annotated, Literal
+from difflib import get_close_matches
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from pretrain_api.schema import Names, Section, Text
+from pretrain_api.flavors import llama3
+from pretrain_api.schema import Names, PathText, Rule, Section, Text
+
+# torchtitan's families that aren't built yet; any other name is a family of the user's own.
+UNBUILT_FAMILIES: Final = ("llama3_ft", "llama4", "deepseek_v3", "qwen3", "gpt_oss", "flux")
 
 CompileComponent = Literal["model", "loss"]
 
@@ -16,7 +21,7 @@ class Model(Section):
     """Model family. A family the operator doesn't know is left to the trainer to judge."""
     flavor: Annotated[str, Field(min_length=1, max_length=63)] = "debugmodel"
     """Size within the family, such as 8B."""
-    hf_assets_path: Text = "./tests/assets/tokenizer"
+    hf_assets_path: PathText = "./tests/assets/tokenizer"
     """Folder with the Hugging Face tokenizer. In a cluster the default is the sample in the
     image."""
     tokenizer_path: Text | None = None
@@ -25,6 +30,30 @@ class Model(Section):
     """Changes to the model before training, such as quantize.linear.float8."""
     print_after_conversion: bool = False
     """Write the model's structure to the log after the converters ran."""
+
+    rules: ClassVar = (
+        Rule(
+            path="name",
+            cel=f"!has(self.name) || !(self.name in {list(UNBUILT_FAMILIES)})",
+            message="this family is not supported yet; use llama3",
+            holds=lambda m: m.name not in UNBUILT_FAMILIES,
+            explain=lambda m: f"{m.name} is not supported yet; use llama3",
+        ),
+        Rule(
+            path="flavor",
+            cel="(has(self.name) && self.name != 'llama3') || !has(self.flavor) || "
+            f"self.flavor in {list(llama3.FLAVORS)}",
+            message=f"llama3 has the flavors {', '.join(llama3.FLAVORS)}",
+            holds=lambda m: m.name != "llama3" or m.flavor in llama3.FLAVORS,
+            explain=lambda m: _flavor_sentence(m.flavor),
+        ),
+    )
+
+
+def _flavor_sentence(flavor: str) -> str:
+    near = get_close_matches(flavor, llama3.FLAVORS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"llama3 has no flavor {flavor}, only {', '.join(llama3.FLAVORS)}{hint}"
 
 
 class ActivationCheckpoint(Section):

@@ -1,10 +1,21 @@
 """Sections about the run itself: job, checkpoint, metrics, profiling, communication."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from pretrain_api.schema import MAX_INT, MAX_LIST, NonNegative, Positive, Section, Text
+from pretrain_api.schema import (
+    LEAVES,
+    MAX_INT,
+    MAX_LIST,
+    NonNegative,
+    PathText,
+    Positive,
+    Rule,
+    Section,
+    Text,
+    cel_mismatch,
+)
 
 StateName = Literal[
     "model", "optimizer", "lr_scheduler", "data_loader", "train_state", "ledger", "dataloader"
@@ -16,7 +27,7 @@ class Job(Section):
 
     config_file: Text | None = None
     """Configuration file to start from. Only an option of the command line, never in a file."""
-    dump_folder: Text = "./outputs"
+    dump_folder: PathText = "./outputs"
     """Folder for everything the run writes. In a cluster the operator sets it to the checkpoint
     volume."""
     description: Text = "default job"
@@ -34,11 +45,11 @@ class Checkpoint(Section):
     """Save and load checkpoints. Without it a restart begins at step 0."""
     enable_ft_dataloader_checkpoints: bool = True
     """Save the data position of every replica. Only read with fault_tolerance.enable."""
-    folder: Text = "checkpoint"
+    folder: PathText = "checkpoint"
     """Folder of the checkpoints, inside job.dump_folder."""
     interval: Positive = 500
     """Steps from one checkpoint to the next."""
-    initial_load_path: Text | None = None
+    initial_load_path: PathText | None = None
     """Step folder of another run to start from. Only read while this run has no checkpoint of its
     own."""
     initial_load_model_only: bool = True
@@ -71,19 +82,34 @@ class Checkpoint(Section):
     load_only: bool = False
     """Load checkpoints but never save any."""
 
-    @field_validator("keep_latest_k")
-    @classmethod
-    def _not_one(cls, value: int) -> int:
-        if value == 1:
-            raise ValueError(
-                "1 would leave nothing when the newest is damaged; use 0 or at least 2"
-            )
-        return value
-
     @field_validator("exclude_from_loading")
     @classmethod
     def _one_spelling(cls, value: tuple[StateName, ...]) -> tuple[StateName, ...]:
         return tuple("data_loader" if name == "dataloader" else name for name in value)
+
+    rules: ClassVar = (
+        Rule(
+            path="folder",
+            cel="!has(self.folder) || (self.folder != '' && "
+            + cel_mismatch(LEAVES, "self.folder")
+            + ")",
+            message="must be a relative path without . or .. or //",
+            holds=lambda c: c.folder != "" and not LEAVES.search(c.folder),
+        ),
+        Rule(
+            path="keep_latest_k",
+            cel="!has(self.keepLatestK) || self.keepLatestK != 1",
+            message="1 would leave nothing if the newest is damaged; use 0 for all or at least 2",
+            holds=lambda c: c.keep_latest_k != 1,
+        ),
+        Rule(
+            path="create_seed_checkpoint",
+            cel="!(has(self.createSeedCheckpoint) && self.createSeedCheckpoint) || "
+            "(has(self.enable) && self.enable && !(has(self.loadOnly) && self.loadOnly))",
+            message="needs checkpoint.enable, and checkpoint.load_only off",
+            holds=lambda c: not c.create_seed_checkpoint or (c.enable and not c.load_only),
+        ),
+    )
 
 
 class Metrics(Section):
@@ -95,7 +121,7 @@ class Metrics(Section):
     """Write event files for TensorBoard."""
     disable_color_printing: bool = False
     """Write logs without colours."""
-    save_tb_folder: Text = "tb"
+    save_tb_folder: PathText = "tb"
     """Folder of the event files, inside job.dump_folder."""
     save_for_all_ranks: bool = False
     """Report from every rank, not only from the first."""

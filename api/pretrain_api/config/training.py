@@ -1,10 +1,20 @@
 """Sections about the training step: data, batch, optimizer, schedule, layout over ranks."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pretrain_api.schema import MAX_INT, MAX_LIST, Names, NonNegative, Positive, Section, Text
+from pretrain_api.schema import (
+    MAX_INT,
+    MAX_LIST,
+    Names,
+    NonNegative,
+    PathText,
+    Positive,
+    Rule,
+    Section,
+    Text,
+)
 
 Dataset = Literal["c4", "c4_test", "text", "jsonl"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -17,7 +27,7 @@ class Training(Section):
     dataset: Dataset
     """Where samples come from: c4 is streamed from Hugging Face; text and jsonl are read from
     dataset_path. The only key without a default."""
-    dataset_path: Text | None = None
+    dataset_path: PathText | None = None
     """File or folder of the samples. In a folder every file of the kind is read, sorted by name."""
     local_batch_size: Annotated[int, Field(ge=1, le=2**20)] = 8
     """Sequences per rank in one forward pass."""
@@ -57,6 +67,29 @@ class Training(Section):
     data_streams: Positive | None = None
     """Streams documents are packed in. Must divide the global batch size, which is the default.
     Samples depend on it, so it never changes within a run."""
+
+    rules: ClassVar = (
+        Rule(
+            path="dataset",
+            cel="self.dataset != 'c4_test'",
+            message="c4_test is torchtitan's own sample, which doesn't ship here; "
+            "use c4, or text or jsonl with training.dataset_path",
+            holds=lambda t: t.dataset != "c4_test",
+        ),
+        Rule(
+            path="dataset_path",
+            cel="!(self.dataset in ['text', 'jsonl']) || "
+            "(has(self.datasetPath) && self.datasetPath != '')",
+            message="is missing; datasets text and jsonl need the file or folder to read",
+            holds=lambda t: t.dataset not in ("text", "jsonl") or bool(t.dataset_path),
+        ),
+        Rule(
+            path="global_batch_size",
+            cel="!has(self.globalBatchSize) || self.globalBatchSize != 0",
+            message="0 sequences per step train nothing; use -1 or at least 1",
+            holds=lambda t: t.global_batch_size != 0,
+        ),
+    )
 
 
 class Optimizer(Section):
@@ -138,3 +171,12 @@ class Parallelism(Section):
     """Ranks the experts of a layer are split over."""
     expert_tensor_parallel_degree: Positive = 1
     """Ranks each expert is split over."""
+
+    rules: ClassVar = (
+        Rule(
+            path="data_parallel_shard_degree",
+            cel="!has(self.dataParallelShardDegree) || self.dataParallelShardDegree != 0",
+            message="0 ranks hold nothing; use -1 or at least 1",
+            holds=lambda p: p.data_parallel_shard_degree != 0,
+        ),
+    )

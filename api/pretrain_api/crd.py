@@ -1,0 +1,253 @@
+"""The CustomResourceDefinition, generated from the models.
+
+The models are the truth and the YAML is committed, so that a change of either shows in review:
+``python -m pretrain_api.crd`` writes it, ``--check`` fails when it is stale.
+
+Pydantic's JSON schema is not a structural schema: Kubernetes knows no references, no null branch,
+no numeric exclusive bounds and no names of properties. One recursive pass rewrites it. Defaults are
+left out but for the few the API server itself needs (a stored default would outlive the release
+that chose it); the description tells them instead, for ``kubectl explain``.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import core_schema
+
+from pretrain_api import names
+from pretrain_api.job import JobSpec
+from pretrain_api.schema import Rule, Section, Transition, aliases
+from pretrain_api.status import JobStatus
+
+Schema = dict[str, Any]
+FILE = Path("manifests/base/crds") / f"{names.GROUP}_{names.PLURAL}.yaml"
+SIZE_LIMIT = 200_000  # bytes; client-side apply stores the object a second time, in an annotation
+
+_RULES = "x-kubernetes-validations"
+_KEPT = (
+    "type", "description", "enum", "format", "pattern", "minimum", "maximum", "minLength",
+    "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "required",
+)  # fmt: skip
+
+# name, type, JSON path, priority; priority 1 shows with -o wide only.
+_COLUMNS = (
+    ("Phase", "string", ".status.phase", 0),
+    ("Step", "string", ".status.progress.summary", 0),
+    ("Loss", "number", ".status.progress.loss", 0),
+    ("Tokens/s", "number", ".status.progress.tokensPerSecond", 0),
+    ("ETA", "string", ".status.progress.eta", 0),
+    ("Workers", "string", ".status.workers.summary", 0),
+    ("Restarts", "integer", ".status.restarts.total", 0),
+    ("Checkpoint", "integer", ".status.checkpoint.step", 0),
+    ("Model", "string", ".spec.model.name", 1),
+    ("Flavor", "string", ".spec.model.flavor", 1),
+    ("MFU", "number", ".status.progress.mfu", 1),
+    ("Goodput", "number", ".status.goodput", 1),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+)
+
+
+class _Generator(GenerateJsonSchema):
+    """Adds the rules of each section to its schema."""
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> Schema:
+        result = super().model_schema(schema)
+        if issubclass(schema["cls"], Section):
+            rules = [*map(_rule, schema["cls"].rules), *map(_transition, schema["cls"].transitions)]
+            if rules:
+                result[_RULES] = rules
+        return result
+
+
+def definition() -> Schema:
+    """The CustomResourceDefinition as a dictionary."""
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        "spec": {
+            "group": names.GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": names.KIND,
+                "listKind": f"{names.KIND}List",
+                "plural": names.PLURAL,
+                "singular": names.SINGULAR,
+                "shortNames": list(names.SHORT_NAMES),
+                "categories": list(names.CATEGORIES),
+            },
+            "versions": [_version()],
+        },
+    }
+
+
+def to_yaml(value: Any, indent: int = 0) -> Iterator[str]:
+    """Lines of YAML for JSON types; strings are quoted, so no value can change its type."""
+    pad = " " * indent
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, dict | list) and item:
+                yield f"{pad}{_scalar(key, is_key=True)}:"
+                yield from to_yaml(item, indent + 2)
+            else:
+                yield f"{pad}{_scalar(key, is_key=True)}: {_scalar(item)}"
+    else:
+        for item in value:
+            lines = list(to_yaml(item, indent + 2)) if isinstance(item, dict | list) else None
+            yield f"{pad}- {lines[0].lstrip() if lines else _scalar(item)}"
+            yield from (lines or [])[1:]
+
+
+def render() -> str:
+    """The committed file."""
+    header = f"# Generated from api/{__package__} by python -m {__package__}.crd; do not edit."
+    return "\n".join([header, "---", *to_yaml(definition())]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the file, or with --check only compare; 1 if it is stale."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.crd", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the file is stale")
+    parser.add_argument("--file", type=Path, default=FILE, help="file to write (%(default)s)")
+    options = parser.parse_args(argv)
+    fresh = render()
+    if not options.check:
+        options.file.parent.mkdir(parents=True, exist_ok=True)
+        options.file.write_text(fresh)
+        return 0
+    if options.file.is_file() and options.file.read_text() == fresh:
+        return 0
+    sys.stderr.write(f"{options.file} is stale; run python -m {__package__}.crd\n")
+    return 1
+
+
+def _version() -> Schema:
+    return {
+        "name": names.VERSION,
+        "served": True,
+        "storage": True,
+        "schema": {"openAPIV3Schema": _root()},
+        "subresources": {
+            "status": {},
+            "scale": {
+                "specReplicasPath": ".spec.workers.replicas",
+                "statusReplicasPath": ".status.replicas",
+                "labelSelectorPath": ".status.selector",
+            },
+        },
+        "additionalPrinterColumns": [
+            {"name": name, "type": kind, "jsonPath": path, **({"priority": 1} if wide else {})}
+            for name, kind, path, wide in _COLUMNS
+        ],
+    }
+
+
+def _root() -> Schema:
+    return {
+        "type": "object",
+        "description": "PretrainJob trains a large language model and keeps it training through "
+        "failures.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {
+                "type": "object",
+                # Children are called {job}-{index}-{generation}; a label holds 63 characters.
+                "properties": {"name": {"type": "string", "maxLength": names.MAX_JOB_NAME}},
+            },
+            "spec": _structural_model(JobSpec),
+            "status": _structural_model(JobStatus),
+        },
+    }
+
+
+def _structural_model(model: type[BaseModel]) -> Schema:
+    schema = model.model_json_schema(schema_generator=_Generator)
+    return _structural(schema, schema.get("$defs", {}))
+
+
+def _structural(schema: Schema, defs: dict[str, Schema]) -> Schema:
+    """One node of the schema, and all below it, in the form Kubernetes takes."""
+    if "$ref" in schema:
+        rest = {key: value for key, value in schema.items() if key != "$ref"}
+        return _structural({**defs[schema["$ref"].rsplit("/", 1)[1]], **rest}, defs)
+    if "anyOf" in schema:
+        return _structural(_without_any_of(schema), defs)
+    result: Schema = {key: schema[key] for key in _KEPT if key in schema}
+    result |= {key: value for key, value in schema.items() if key.startswith("x-kubernetes-")}
+    if "const" in schema:
+        result["enum"] = [schema["const"]]
+    for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if exclusive in schema:
+            result |= {bound: schema[exclusive], exclusive: True}
+    if schema.get("type") == "object":
+        result |= _object(schema, defs)
+    if schema.get("type") == "array":
+        result["items"] = _structural(schema["items"], defs)
+        result.setdefault("x-kubernetes-list-type", "atomic")
+    if "x-kubernetes-default" in schema:
+        result["default"] = result.pop("x-kubernetes-default")
+    return _described(result, schema)
+
+
+def _without_any_of(schema: Schema) -> Schema:
+    """The only union there is: a type or null, and an integer or a string."""
+    outer = {key: value for key, value in schema.items() if key != "anyOf"}
+    branches = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
+    if len(branches) == 1:
+        return {**branches[0], **outer}
+    merged: Schema = {}
+    for branch in branches:
+        merged |= {key: value for key, value in branch.items() if key not in ("type", "enum")}
+    if words := [word for branch in branches for word in branch.get("enum", ())]:
+        rule = f"type(self) == int || self in {json.dumps(words)}"
+        merged[_RULES] = [{"rule": rule, "message": f"must be a number or {', '.join(words)}"}]
+    return {**merged, **outer, "x-kubernetes-int-or-string": True}
+
+
+def _object(schema: Schema, defs: dict[str, Schema]) -> Schema:
+    if "properties" in schema:
+        properties = schema["properties"].items()
+        return {"properties": {name: _structural(value, defs) for name, value in properties}}
+    if "patternProperties" in schema:
+        ((pattern, value),) = schema["patternProperties"].items()
+        rule = {"rule": f"self.all(k, k.matches(r'{pattern}'))", "message": "holds an illegal key"}
+        return {"additionalProperties": _structural(value, defs), _RULES: [rule]}
+    if isinstance(schema.get("additionalProperties"), dict):
+        return {"additionalProperties": _structural(schema["additionalProperties"], defs)}
+    return {"x-kubernetes-preserve-unknown-fields": True}
+
+
+def _described(result: Schema, schema: Schema) -> Schema:
+    """The description on one line, with the default unless it is empty."""
+    if "description" in result:
+        default = schema.get("default")
+        told = "" if default in (None, [], {}, "") or isinstance(default, dict) else default
+        text = " ".join(result["description"].split())
+        result["description"] = text + (f" Default: {json.dumps(told)}." if told != "" else "")
+    return result
+
+
+def _rule(rule: Rule) -> Schema:
+    path = {"fieldPath": "." + ".".join(aliases(rule.path))} if rule.path else {}
+    return {"rule": rule.cel, "message": rule.message, **path}
+
+
+def _transition(transition: Transition) -> Schema:
+    return {"rule": transition.cel, "message": transition.message}
+
+
+def _scalar(value: Any, *, is_key: bool = False) -> str:
+    plain = is_key and str(value).replace("-", "").isalnum()
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

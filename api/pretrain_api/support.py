@@ -1,0 +1,104 @@
+"""What isn't built yet, as one table.
+
+The whole vocabulary is understood, so a file written for torchtitan is read without complaint about
+unknown keys. But a key must never be silently without effect: a key of a feature that isn't built
+is accepted at the value that leaves the feature off, and refused at any other. Keys that only
+refine a feature (the folder of its traces, its interval) are left alone: with the feature off they
+have no meaning here, as they have none there.
+
+Building a feature removes its line.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain_api.schema import Rule, optional, value_at
+
+
+@dataclass(frozen=True, slots=True)
+class Unbuilt:
+    """A key that must stay at one of its inactive values; the first is the one to name."""
+
+    path: str
+    inactive: tuple[Any, ...]
+    instead: str | None = None  # what to do, if it isn't leaving the key alone
+
+
+UNBUILT = (
+    Unbuilt("job.config_file", (None,), "it is an option of the command line; remove it"),
+    Unbuilt("job.custom_config_module", ("",)),
+    Unbuilt("profiling.enable_profiling", (False,)),
+    Unbuilt("profiling.enable_memory_snapshot", (False,)),
+    Unbuilt("metrics.enable_tensorboard", (False,)),
+    Unbuilt("metrics.enable_wandb", (False,)),
+    Unbuilt("metrics.disable_color_printing", (False,)),
+    Unbuilt("metrics.save_for_all_ranks", (False,)),
+    Unbuilt("model.tokenizer_path", (None,), "use model.hf_assets_path"),
+    Unbuilt("model.converters", ((),)),
+    Unbuilt("model.print_after_conversion", (False,)),
+    Unbuilt("optimizer.name", ("AdamW",)),
+    Unbuilt("optimizer.early_step_in_backward", (False,)),
+    Unbuilt("training.gc_debug", (False,)),
+    Unbuilt("training.debug_moe_force_load_balance", (False,)),
+    Unbuilt("parallelism.enable_compiled_autograd", (False,)),
+    Unbuilt("parallelism.tensor_parallel_degree", (1,)),
+    Unbuilt("parallelism.enable_async_tensor_parallel", (False,)),
+    Unbuilt("parallelism.pipeline_parallel_degree", (1,)),
+    Unbuilt("parallelism.context_parallel_degree", (1,)),
+    Unbuilt("parallelism.expert_parallel_degree", (1,)),
+    Unbuilt("parallelism.expert_tensor_parallel_degree", (1,)),
+    Unbuilt("checkpoint.initial_load_in_hf", (False,)),
+    Unbuilt("checkpoint.initial_load_in_hf_quantized", (False,)),
+    Unbuilt("checkpoint.last_save_in_hf", (False,)),
+    Unbuilt("checkpoint.async_mode", ("disabled",)),
+    Unbuilt("activation_checkpoint.mode", ("selective", "full", "none")),
+    Unbuilt(
+        "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
+        (("moe.router.gate",), ()),
+    ),
+    Unbuilt("activation_checkpoint.early_stop", (False,)),
+    Unbuilt("activation_checkpoint.visualize_memory_budget_pareto", (False,)),
+    Unbuilt("quantize.linear.float8.enable_fsdp_float8_all_gather", (False,)),
+    Unbuilt("quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp", (False,)),
+    Unbuilt("quantize.linear.float8.recipe_name", (None,)),
+    Unbuilt("quantize.linear.float8.emulate", (False,)),
+    Unbuilt("comm.trace_buf_size", (0,)),
+    Unbuilt("validation.enable", (False,)),
+    Unbuilt("memory_estimation.enable", (False,)),
+    Unbuilt("fault_tolerance.enable", (False,)),
+    Unbuilt("fault_tolerance.semi_sync_method", (None,)),
+    Unbuilt("experimental.custom_import", ("",)),
+    Unbuilt("experimental.custom_args_module", ("",)),
+)
+
+
+def support_rules() -> tuple[Rule, ...]:
+    """The table as rules of the model that holds all sections."""
+    return tuple(_rule(entry) for entry in UNBUILT)
+
+
+def _rule(entry: Unbuilt) -> Rule:
+    advice = entry.instead or f"leave it at {_literal(entry.inactive[0])}"
+    return Rule(
+        path=entry.path,
+        cel=_cel(entry),
+        message=f"this value is not supported yet; {advice}",
+        holds=lambda sections: value_at(sections, entry.path) in entry.inactive,
+        explain=lambda sections: (
+            f"{_literal(value_at(sections, entry.path))} is not supported yet; {advice}"
+        ),
+    )
+
+
+def _cel(entry: Unbuilt) -> str:
+    if entry.inactive == (None,):
+        return f"!{optional(entry.path)[0]}"
+    present, value = optional(entry.path)
+    legal = ", ".join(_literal(v) for v in entry.inactive)
+    return f"!{present} || {value} in [{legal}]"
+
+
+def _literal(value: Any) -> str:
+    """The value as JSON, which is also how YAML and CEL write it."""
+    return json.dumps(value)
