@@ -22,6 +22,7 @@ from pydantic_core import core_schema
 
 from pretrain_api import names
 from pretrain_api.job import JobSpec
+from pretrain_api.pod import DNS_LABEL
 from pretrain_api.schema import Rule, Section, Transition, aliases
 from pretrain_api.status import JobStatus
 
@@ -87,7 +88,7 @@ def definition() -> Schema:
     }
 
 
-def to_yaml(value: Any, indent: int = 0) -> Iterator[str]:
+def to_yaml(value: Schema | list[Any], indent: int = 0) -> Iterator[str]:
     """Lines of YAML for JSON types; strings are quoted, so no value can change its type."""
     pad = " " * indent
     if isinstance(value, dict):
@@ -160,7 +161,13 @@ def _root() -> Schema:
             "metadata": {
                 "type": "object",
                 # Children are called {job}-{index}-{generation}; a label holds 63 characters.
-                "properties": {"name": {"type": "string", "maxLength": names.MAX_JOB_NAME}},
+                "properties": {
+                    "name": {
+                        "type": "string",
+                        "maxLength": names.MAX_JOB_NAME,
+                        "pattern": DNS_LABEL,
+                    }
+                },
             },
             "spec": _structural_model(JobSpec),
             "status": _structural_model(JobStatus),

@@ -8,13 +8,14 @@ suspended, training and volumes never (create a new job and adopt the checkpoint
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 from pydantic.alias_generators import to_camel
 
 from pretrain_api import names
 from pretrain_api.config import RunConfig, Sections
 from pretrain_api.job_rules import SPEC_RULES, SPEC_TRANSITIONS
-from pretrain_api.pod import DnsName, PodTemplate, Quantity, Resources, one_of
+from pretrain_api.mesh import batch_plan
+from pretrain_api.pod import DNS_LABEL, DnsName, PodTemplate, Quantity, Resources, one_of
 from pretrain_api.schema import (
     LEAVES,
     MAX_TEXT,
@@ -34,7 +35,7 @@ AccessMode = Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]
 GPU: Final = "nvidia.com/gpu"
 
 
-def _default(value: Any) -> dict[str, Any]:
+def _default(value: JsonValue) -> dict[str, JsonValue]:
     """A default the API server fills in, because its scale subresource or our rules read it."""
     return {"x-kubernetes-default": value}
 
@@ -210,7 +211,7 @@ class ObjectMeta(BaseModel):
         alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore"
     )
 
-    name: str = ""
+    name: Annotated[str, Field(max_length=names.MAX_JOB_NAME, pattern=DNS_LABEL)] = ""
     namespace: str | None = None
     uid: str | None = None
     generation: int | None = None
@@ -239,12 +240,18 @@ class PretrainJob(BaseModel):
     ) -> RunConfig:
         """The configuration its trainer processes read, complete with all defaults.
 
+        Batch size and data streams are those of the full size, whatever size the world has later:
+        accumulation makes up for missing ranks, and samples stay the same.
+
         ``output_dir`` is where the checkpoint volume is mounted; it becomes job.dump_folder. The
         sub path is not part of it: the operator mounts that folder of the volume alone.
         ``sample_dir`` holds the tokenizer used if the job names none.
         """
+        plan = batch_plan(self.spec, self.spec.world_size)
+        frozen = {"global_batch_size": plan.global_batch_size, "data_streams": plan.streams}
         sections: dict[str, Any] = {
             name: getattr(self.spec, name) for name in Sections.model_fields
         }
+        sections["training"] = self.spec.training.model_copy(update=frozen)
         sections["job"] = self.spec.job.model_copy(update={"dump_folder": output_dir})
         return RunConfig.model_construct(**sections)

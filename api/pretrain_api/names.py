@@ -9,7 +9,7 @@ from typing import Final
 
 GROUP: Final = "pretrain.dev"
 VERSION: Final = "v1alpha1"
-API_VERSION: Final = f"{GROUP}/{VERSION}"
+API_VERSION: Final = "pretrain.dev/v1alpha1"
 KIND: Final = "PretrainJob"
 PLURAL: Final = "pretrainjobs"
 SINGULAR: Final = "pretrainjob"

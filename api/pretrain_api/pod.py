@@ -8,7 +8,7 @@ volumes) is therefore not in the schema at all, and names the operator relies on
 import re
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints
 
 from pretrain_api.schema import (
     CLIMBS,
@@ -159,7 +159,10 @@ def _unique_names(items: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 # The API server keeps lists of this type unique by name, and merges them item by item.
-_BY_NAME: Final = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+_BY_NAME: Final[dict[str, JsonValue]] = {
+    "x-kubernetes-list-type": "map",
+    "x-kubernetes-list-map-keys": ["name"],
+}
 
 
 class ObjectName(Section):
