@@ -64,8 +64,8 @@ class Record:
         return self.buffer(2)
 
     def buffer(self, number: int) -> int:
-        """Offset of a buffer; all offsets stay multiples of eight."""
-        return self.offset + RECORD.size + (number % 3) * (BUFFER.size + self.capacity)
+        """Offset of buffer 0 or 1; all offsets stay multiples of eight."""
+        return self.offset + RECORD.size + number * (BUFFER.size + self.capacity)
 
     def write(self, payload: bytes) -> None:
         """Replace the record. Raises ValueError when ``payload`` is over the capacity."""

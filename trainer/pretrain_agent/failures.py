@@ -1,0 +1,78 @@
+"""From exit codes, last words and log tails to the one failure that is to blame."""
+
+import signal
+from collections.abc import Mapping
+
+from pretrain_agent.meeting import root_cause
+from pretrain_api.wire import ExitCode, Failure
+
+TAIL_BYTES = 1536  # of a log, in a failure's message
+FORK_SERVER_DIED = 255  # what multiprocessing reports for a child whose exit code got lost
+
+
+def blame(
+    exits: Mapping[int, int],
+    words: Mapping[int, Failure],
+    tails: Mapping[int, str],
+    first_rank: int,
+    out_of_memory: bool,
+) -> Failure | None:
+    """The local failure that stopped this agent's ranks, or None when none failed.
+
+    ``exits`` are the exit codes of ranks that ended by themselves (negative for a signal) and
+    ``words`` what ranks wrote on the board before dying, both by local rank; ``tails`` are the last
+    log lines by local rank; ``first_rank`` is the global rank of local rank 0.
+    """
+    failures: list[Failure] = []
+    for local_rank in sorted({*exits, *words}):
+        code = exits.get(local_rank)
+        if local_rank in words:
+            failure = words[local_rank]
+            if failure.exit_code is None and code is not None:
+                failure = failure.model_copy(update={"exit_code": shell_code(code)})
+        elif code == ExitCode.PREEMPTED:
+            continue  # it saved and left on request
+        else:
+            failure = _from_exit(code or 0, tails.get(local_rank, ""), out_of_memory)
+        failures.append(failure.model_copy(update={"rank": first_rank + local_rank}))
+    return root_cause(failures)
+
+
+def _from_exit(code: int, tail: str, out_of_memory: bool) -> Failure:
+    if code < 0:
+        name = signal_name(-code)
+        reason = "OOMKilled" if out_of_memory and name == "SIGKILL" else "RankFailed"
+        message = tail or f"killed by {name}"
+        return Failure(exit_code=shell_code(code), signal=name, reason=reason, message=message)
+    if code == FORK_SERVER_DIED and not tail:
+        return Failure(exit_code=code, reason="Launcher", message="the fork server died")
+    if code == 0:
+        message = "left with exit code 0 before the training was done"
+        return Failure(exit_code=1, message=message)
+    reason = "Config" if code == ExitCode.CONFIG else "RankFailed"
+    return Failure(exit_code=code, reason=reason, message=tail or f"left with exit code {code}")
+
+
+def shell_code(code: int) -> int:
+    """Exit code in the shell's convention: 128 plus the number of the signal."""
+    return code if code >= 0 else 128 - code
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; unknown numbers keep their number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def tail_text(lines: list[str]) -> str:
+    """The last lines that fit :data:`TAIL_BYTES`."""
+    kept: list[str] = []
+    size = 0
+    for line in reversed(lines):
+        size += len(line.encode()) + 1
+        if size > TAIL_BYTES:
+            break
+        kept.append(line)
+    return "\n".join(reversed(kept))

@@ -1,0 +1,239 @@
+"""How the agents of one generation agree to start the next round together.
+
+A *generation* is one membership of the world, decided by the operator. Within it ranks may be
+restarted in place; every such start is a *round*. The leader (the agent of rank 0) keeps one
+:class:`Meeting` per generation:
+
+1. an agent whose ranks are stopped says ``Join(round)`` and why they stopped;
+2. the first to do so makes the meeting tell everybody else that the running round is ``Over``;
+3. when all have joined, the meeting judges the failures: it either asks its own launcher to
+   ``Open`` a store for the ranks and then tells everybody to ``Go``, or tells all to ``Leave``.
+
+Everything said is idempotent, so that an agent whose connection broke just says it again. Because
+one place judges, all agents leave with the same verdict: the exit code of the rank that failed
+first, wherever it was.
+
+This module is pure: messages in, messages out. Sockets are in :mod:`pretrain_agent.wires`.
+"""
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, TypeAdapter
+
+from pretrain_api.wire import ExitCode, Failure, Wire
+
+MAX_FAILURES = 3  # rank failures without a new step, before the world gives up in place
+PEER_LOST = "PeerLost"  # reason of a failure that is only the echo of another rank's
+PERMANENT = frozenset({ExitCode.CONFIG, ExitCode.DO_NOT_RETRY})
+
+
+class Hello(Wire):
+    """First line of an agent: who it is and that it may speak at all."""
+
+    kind: Literal["hello"] = "hello"
+    generation: int
+    rank: int
+    nonce: str
+
+
+class Join(Wire):
+    """This agent has no running ranks and wants ``round`` to start.
+
+    ``step`` is the newest step its ranks saw in the round before, ``failure`` what stopped them, if
+    anything of their own did. ``left`` says that they saved and left on request: peers then do the
+    same by themselves and must not be stopped while they are at it.
+    """
+
+    kind: Literal["join"] = "join"
+    round: int
+    step: int = 0
+    failure: Failure | None = None
+    left: bool = False
+
+
+class Opened(Wire):
+    """The leader's launcher serves a fresh store for ``round`` on ``port``."""
+
+    kind: Literal["opened"] = "opened"
+    round: int
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class Done(Wire):
+    """All ranks of this agent trained to the end of ``round``."""
+
+    kind: Literal["done"] = "done"
+    round: int
+
+
+class Open(Wire):
+    """To the leader's launcher: serve a fresh store for ``round``."""
+
+    kind: Literal["open"] = "open"
+    round: int
+
+
+class Go(Wire):
+    """Start ``round`` now; the ranks' store is on ``port`` of the leader's host."""
+
+    kind: Literal["go"] = "go"
+    round: int
+    port: int
+    failures: int = 0  # without a new step, so far
+    last_failure: Failure | None = None
+
+
+class Over(Wire):
+    """Somebody left ``round``: stop its ranks and join the next."""
+
+    kind: Literal["over"] = "over"
+    round: int
+
+
+class Leave(Wire):
+    """Restarting in place does not help: exit with this failure's code."""
+
+    kind: Literal["leave"] = "leave"
+    failures: int
+    failure: Failure
+
+
+class Released(Wire):
+    """Every agent is done: nobody needs the leader any more."""
+
+    kind: Literal["released"] = "released"
+
+
+FromAgent = Hello | Join | Opened | Done
+FromLeader = Open | Go | Over | Leave | Released
+FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="kind")])
+FROM_LEADER: TypeAdapter[FromLeader] = TypeAdapter(
+    Annotated[FromLeader, Field(discriminator="kind")]
+)
+
+
+class Letter(NamedTuple):
+    """A message and the rank of the agent it goes to."""
+
+    rank: int
+    message: FromLeader
+
+
+class Tally(NamedTuple):
+    """Rank failures since the newest step anybody saw, and the last of them."""
+
+    step: int
+    failures: int
+    failure: Failure | None
+
+
+def root_cause(failures: list[Failure]) -> Failure | None:
+    """The failure to blame: the first that is not the echo of a lost peer, else the first."""
+    for failure in failures:
+        if failure.reason != PEER_LOST:
+            return failure
+    return failures[0] if failures else None
+
+
+class Meeting:
+    """The leader's book about one generation. See the module's docstring for the protocol."""
+
+    def __init__(self, generation: int, size: int) -> None:
+        self.generation = generation
+        self.size = size
+        self.round = -1  # the newest round that was started
+        self.failures = 0  # without a new step
+        self.last_failure: Failure | None = None
+        self._best_step = 0
+        self._joined: dict[int, Join] = {}  # in order of arrival
+        self._go: Go | None = None
+        self._verdict: Leave | None = None
+        self._done: set[int] = set()
+
+    def receive(self, rank: int, message: FromAgent) -> list[Letter]:
+        """Answer one message of the agent ``rank``; messages that make no sense get no answer."""
+        match message:
+            case Hello():
+                return self._welcome(rank)
+            case Join():
+                return self._join(rank, message)
+            case Opened():
+                return self._opened(rank, message)
+            case Done():
+                return self._finish(rank, message)
+
+    def _to_all(self, message: FromLeader) -> list[Letter]:
+        return [Letter(rank, message) for rank in range(self.size)]
+
+    def _welcome(self, rank: int) -> list[Letter]:
+        """Tell an agent that connects again what it may have missed."""
+        if self._verdict is not None:
+            return [Letter(rank, self._verdict)]
+        broken = any(not join.left for join in self._joined.values())
+        if self._go is not None and broken and rank not in self._joined:
+            return [Letter(rank, Over(round=self.round))]
+        return []
+
+    def _join(self, rank: int, join: Join) -> list[Letter]:
+        if self._verdict is not None:
+            return [Letter(rank, self._verdict)]
+        if self._go is not None and join.round == self.round:
+            return [Letter(rank, self._go)]  # it missed the start and asks again
+        if join.round != self.round + 1:
+            return []
+        self._joined.setdefault(rank, join)
+        if join.failure is not None and join.failure.exit_code in PERMANENT:
+            return self._leave(join.failure)
+        if len(self._joined) == self.size:
+            return self._judge()
+        if self._go is None or join.left:
+            return []
+        return [
+            Letter(peer, Over(round=self.round))
+            for peer in range(self.size)
+            if peer not in self._joined
+        ]
+
+    def _judge(self) -> list[Letter]:
+        """All are here: give up, or have a store opened for the next round."""
+        tally = self._tally()
+        if tally.failure is not None and tally.failures >= MAX_FAILURES:
+            self.failures = tally.failures
+            return self._leave(tally.failure)
+        return [Letter(0, Open(round=self.round + 1))]
+
+    def _tally(self) -> Tally:
+        """The count as it stands with what the joined agents report about the round before."""
+        joins = self._joined.values()
+        failure = root_cause([join.failure for join in joins if join.failure is not None])
+        step = max(join.step for join in joins)
+        failures = 0 if step > self._best_step else self.failures
+        return Tally(max(step, self._best_step), failures + (failure is not None), failure)
+
+    def _leave(self, failure: Failure) -> list[Letter]:
+        self._verdict = Leave(failures=self.failures, failure=failure)
+        return self._to_all(self._verdict)
+
+    def _opened(self, rank: int, opened: Opened) -> list[Letter]:
+        complete = len(self._joined) == self.size
+        if rank != 0 or not complete or opened.round != self.round + 1:
+            return []
+        tally = self._tally()
+        self._best_step, self.failures = tally.step, tally.failures
+        self.last_failure = tally.failure or self.last_failure
+        self.round = opened.round
+        self._joined.clear()
+        self._done.clear()
+        self._go = Go(
+            round=self.round,
+            port=opened.port,
+            failures=self.failures,
+            last_failure=self.last_failure,
+        )
+        return self._to_all(self._go)
+
+    def _finish(self, rank: int, done: Done) -> list[Letter]:
+        if done.round != self.round:
+            return []
+        self._done.add(rank)
+        return self._to_all(Released()) if len(self._done) == self.size else []

@@ -1,0 +1,98 @@
+"""The first and the last thing that happens in a rank, around the trainer's entry point.
+
+First: the signal dispositions and the output that a forked process must not share with its parent.
+Last: a rank that fails says why on the board and is gone at once, because every peer waits for its
+sockets to close; a rank that returns must have left the completion marker.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pretrain_agent.board import Board
+from pretrain_agent.logs import pipe_path
+from pretrain_agent.meeting import PEER_LOST
+from pretrain_agent.process import die_with_parent
+from pretrain_api import names
+from pretrain_api.wire import Failure, Phase
+
+CUDA_INITIALIZED = 3  # exit code of the probe
+FAILED = 1
+
+
+def load_entry_point(entry_point: str) -> Callable[[str], None]:
+    """The function behind ``module:name``."""
+    module, _, name = entry_point.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def probe() -> None:
+    """Run once in a fresh fork: tells by its exit code whether forks can use CUDA."""
+    import torch  # deferred: this module is imported by processes that need no torch
+
+    if getattr(torch.cuda, "_is_in_bad_fork", bool)():
+        sys.exit(CUDA_INITIALIZED)
+
+
+def run(entry_point: str, config: str, environment: Mapping[str, str]) -> None:
+    """Run one rank. ``environment`` is added to the process's: a fork server's is out of date."""
+    # The launcher's handlers turn signals into exceptions; a rank is to die of them, at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent()
+    os.environ.update(environment)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    path = Path(os.environ[names.ENV_BOARD])
+    _redirect(pipe_path(path.parent, local_rank))
+    board = Board.open(path)
+    board.publish(local_rank, Phase.STARTING, 0)
+    try:
+        load_entry_point(entry_point)(config)
+    except SystemExit as leave:
+        if leave.code not in (None, 0):
+            raise  # the trainer chose its exit code
+    except BaseException as error:  # torch's CheckpointException, for one, is no Exception
+        _fail(board, local_rank, error)
+    if board.read(local_rank).phase is not Phase.DONE:
+        text = "the trainer returned without its completion marker"
+        _fail(board, local_rank, RuntimeError(text))
+
+
+def _redirect(pipe: Path) -> None:
+    """Send standard output and error, of C++ code as well, into this rank's pipe."""
+    descriptor = os.open(pipe, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
+    os.close(descriptor)
+
+
+def _fail(board: Board, local_rank: int, error: BaseException) -> None:
+    """Leave last words and go, without waiting for threads that wait for lost peers."""
+    rank = int(os.environ["RANK"])
+    print(f"rank {rank} failed:", file=sys.stderr)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    if local_rank not in board.failures():  # the trainer's own words are better
+        message = "".join(traceback.format_exception_only(error)).strip()
+        reason = PEER_LOST if _is_echo(error) else "RankFailed"
+        failure = Failure(rank=rank, exit_code=FAILED, reason=reason, message=message)
+        board.put_failure(local_rank, failure)
+    os._exit(FAILED)
+
+
+def _is_echo(error: BaseException) -> bool:
+    """Whether this is what a rank sees when a peer dies, rather than an error of its own."""
+    import torch.distributed  # deferred: see probe()
+
+    lost = (torch.distributed.DistNetworkError, torch.distributed.DistBackendError)
+    return isinstance(error, (*lost, ConnectionError)) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )

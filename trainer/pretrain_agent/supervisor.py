@@ -1,0 +1,435 @@
+"""The first process of a worker pod: it has no torch, so nothing can block it for long.
+
+It reads the assignment, meets the other workers, has the launcher start and restart ranks, passes
+orders to them, answers over HTTP, and at the end leaves a termination message and no process. One
+event loop does all of that; what to do is decided by the pure state machines in
+:mod:`pretrain_agent.member` and :mod:`pretrain_agent.meeting`, and carried out here.
+
+Signals: only this process catches SIGTERM. It raises an order on the board, ranks agree on it in
+the step's own collective and save together, and nobody is killed before that, or before the grace
+period is nearly over.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pretrain_agent import cgroup, failures, logs, process, termination
+from pretrain_agent.assignment import AssignmentFile
+from pretrain_agent.board import Board
+from pretrain_agent.endpoints import Endpoints
+from pretrain_agent.link import (
+    FROM_LAUNCHER,
+    Finished,
+    FromLauncher,
+    Ready,
+    Regroup,
+    Start,
+    Stopped,
+)
+from pretrain_agent.meeting import (
+    Done,
+    FromLeader,
+    Go,
+    Hello,
+    Join,
+    Leave,
+    Meeting,
+    Open,
+    Opened,
+    Released,
+)
+from pretrain_agent.member import Member, Saying, State
+from pretrain_agent.settings import Settings
+from pretrain_agent.termination import Outcome
+from pretrain_agent.wires import MeetingClient, MeetingServer, encode, listen, receive
+from pretrain_api import names
+from pretrain_api.wire import (
+    Assignment,
+    ExitCode,
+    Failure,
+    Order,
+    Phase,
+    Progress,
+    TerminationMessage,
+    WorkerStatus,
+)
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05  # between two looks at the assignment and at the clock
+KILL_SECONDS = 5.0  # for killed processes to be gone
+BARRIER_SECONDS = 10.0  # to wait for other workers after our ranks have finished
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Supervisor:
+    """One worker from start to end; see the module's docstring."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.directory = _run_directory()
+        self.board = Board.create(self.directory / "board", settings.processes)
+        self.pump = logs.LogPump(self.directory, settings.processes)
+        self.file = AssignmentFile(settings.assignment)
+        self.member = Member()
+        self.server = MeetingServer()
+        self.client: MeetingClient | None = None
+        self.restarts = 0  # in place, over all generations
+        self.failures_without_progress = 0
+        self.last_failure: Failure | None = None
+        self._meeting_port = settings.meeting_port
+        self._client_task: asyncio.Task[None] | None = None
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._launcher_writer: asyncio.StreamWriter | None = None
+        self._oom_kills = cgroup.oom_kills()
+        self._deadline: float | None = None  # of the drain, on the monotonic clock
+        self._turn = time.monotonic()
+        self._stopped_at: float | None = None  # since when ranks are down, for the log
+        self._outcome: asyncio.Future[Outcome] | None = None
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Live until the outcome is known, clean up, leave the message; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        self._outcome = loop.create_future()
+        process.adopt_orphans()
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate, "SIGTERM")
+        loop.add_signal_handler(signal.SIGINT, self._terminate, "SIGINT")
+        self.pump.start()
+        endpoints = await self._listen()
+        talk = asyncio.create_task(self._talk_with_launcher(self._start_launcher()))
+        watch = asyncio.create_task(self._watch())
+        for task in (talk, watch):
+            task.add_done_callback(self._surface)
+        try:
+            outcome = await self._outcome
+        finally:
+            await self._close(talk, watch)
+        self._leave_message(outcome)
+        endpoints.shutdown()
+        return outcome.exit_code
+
+    async def _listen(self) -> Endpoints:
+        meeting = listen(self.settings.host, self.settings.meeting_port)
+        self._meeting_port = meeting.getsockname()[1]
+        await self.server.start(meeting)
+        http = listen(self.settings.host, self.settings.http_port)
+        endpoints = Endpoints(http, self.status, lambda: self._turn)
+        endpoints.start()
+        log.info(
+            "serving /status, /metrics and /healthz on port %d, the meeting on port %d",
+            http.getsockname()[1],
+            self._meeting_port,
+        )
+        return endpoints
+
+    def _start_launcher(self) -> socket.socket:
+        """Start the launcher in a session of its own; returns our end of the link."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "pretrain_agent.launcher"]
+        command += ["--link", str(theirs.fileno())]
+        command += ["--processes", str(self.settings.processes)]
+        command += ["--entry-point", self.settings.entry_point]
+        command += ["--config", str(self.settings.config)]
+        self._launcher = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self.pump.launcher_end,
+            stderr=self.pump.launcher_end,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={**os.environ, names.ENV_BOARD: str(self.directory / "board")},
+        )
+        theirs.close()
+        return ours
+
+    def _surface(self, task: asyncio.Task[None]) -> None:
+        """A bug in a task must end this process, not leave it half alive."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("supervisor failed", exc_info=error)
+            text = f"supervisor: {type(error).__name__}: {error}"
+            self._end(termination.failed(Failure(reason="Launcher", message=text)))
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    async def _close(self, *tasks: asyncio.Task[None]) -> None:
+        for task in (*tasks, self._client_task):
+            if task is not None:
+                task.cancel()
+        await self.server.close()
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
+        survivors = process.kill_descendants(KILL_SECONDS)
+        if survivors:
+            log.error("could not kill processes %s", [survivor.pid for survivor in survivors])
+        if self._launcher is not None and self._launcher.returncode is None:
+            self._launcher.returncode = -signal.SIGKILL  # reaped above, behind Popen's back
+        self.pump.close()
+
+    def _leave_message(self, outcome: Outcome) -> None:
+        step = max(beat.step for beat in self.board.beats())
+        message = TerminationMessage(
+            result=outcome.result,
+            generation=self._generation,
+            rank=self.member.rank,
+            exit_code=outcome.exit_code,
+            progress=self.board.progress() or Progress(step=step),
+            restarts_in_place=self.restarts,
+            failure=outcome.failure,
+        )
+        termination.write(self.settings.termination_log, message)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        log.info("%s, exit code %d", outcome.result, outcome.exit_code)
+
+    # -- what others may know -------------------------------------------------------------------
+
+    @property
+    def _generation(self) -> int:
+        return 0 if self.member.assignment is None else self.member.assignment.generation
+
+    @property
+    def draining(self) -> bool:
+        """Whether ranks were told to save and leave."""
+        return self.board.order in (Order.DRAIN, Order.STOP)
+
+    def status(self) -> WorkerStatus:
+        """The status document; called from the threads of the HTTP server."""
+        beats = self.board.beats()
+        slowest = min(beats, key=lambda beat: (beat.step, beat.at))
+        oldest = min(beat.at for beat in beats)
+        return WorkerStatus(
+            generation=self._generation,
+            round=max(self.member.round, 0),
+            rank=self.member.rank,
+            phase=slowest.phase,
+            step=slowest.step,
+            beat_age_seconds=round(time.monotonic() - oldest, 3) if oldest else None,
+            restarts_in_place=self.restarts,
+            failures_without_progress=self.failures_without_progress,
+            progress=self.board.progress() or Progress(),
+            last_failure=self.last_failure,
+            draining=self.draining,
+        )
+
+    # -- the operator's word --------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Look at the assignment and at the clock, again and again."""
+        while True:
+            self._turn = time.monotonic()
+            if (assignment := self.file.poll()) is not None:
+                before = self.member.assignment
+                sayings = self.member.assign(assignment)
+                if before is None or before.generation != assignment.generation:
+                    self._enter_generation(assignment)
+                self._say(sayings)
+                self._obey(assignment.orders)
+            if self._deadline is not None and self._turn > self._deadline:
+                text = "the grace period ended before the checkpoint was saved"
+                self._end(termination.preempted(Failure(reason="RankFailed", message=text)))
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _enter_generation(self, assignment: Assignment) -> None:
+        """Host or find the meeting of the new generation."""
+        log.info(
+            "generation %d: rank %s of %d", assignment.generation, assignment.rank, assignment.size
+        )
+        if self._client_task is not None:
+            self._client_task.cancel()
+        self._client_task, self.client = None, None
+        self.failures_without_progress = 0
+        leads = assignment.rank == 0
+        meeting = Meeting(assignment.generation, assignment.size) if leads else None
+        self.server.host(meeting, assignment.nonce)
+        if assignment.rank is None:
+            return
+        host, _, port = assignment.leader.rpartition(":")
+        hello = Hello(
+            generation=assignment.generation, rank=assignment.rank, nonce=assignment.nonce
+        )
+        self.client = MeetingClient(
+            host, self._meeting_port if leads else int(port), hello, self._hear_leader
+        )
+        self._client_task = asyncio.create_task(self.client.run())
+        self._client_task.add_done_callback(self._surface)
+
+    def _obey(self, order: Order) -> None:
+        """Pass an order to the ranks. A drain that SIGTERM began is not taken back."""
+        if self._deadline is not None:
+            return
+        if order is not self.board.order:
+            log.info("order: %s", order)
+        self.board.order = order
+        if order is Order.STOP:
+            self._end(termination.preempted())
+        elif order is Order.DRAIN:
+            self._leave_if_idle()
+
+    def _terminate(self, name: str) -> None:
+        """SIGTERM or SIGINT: save and leave; a second one does not wait for the save."""
+        if self._deadline is not None:
+            self._end(termination.preempted())
+            return
+        grace = self.settings.grace_seconds
+        self._deadline = time.monotonic() + grace - min(5.0, grace / 5)
+        log.info("%s: saving, then leaving", name)
+        self.board.order = Order.DRAIN
+        self._leave_if_idle()
+
+    def _leave_if_idle(self) -> None:
+        if self.member.state is State.FINISHED:
+            self._end(self._completion())
+        elif self.member.state is not State.RUNNING:
+            self._end(termination.preempted())
+
+    # -- the leader and the launcher ------------------------------------------------------------
+
+    def _hear_leader(self, message: FromLeader) -> None:
+        if isinstance(message, Go | Leave):
+            self.failures_without_progress = message.failures
+        if isinstance(message, Go):
+            self.last_failure = message.last_failure or self.last_failure
+        self._say(self.member.hear(message))
+
+    def _say(self, sayings: list[Saying]) -> None:
+        """Carry out what the member decided."""
+        for saying in sayings:
+            match saying:
+                case Join() | Opened() | Done():
+                    if self.client is not None:
+                        self.client.say(saying)
+                case Open() | Regroup():
+                    self._tell_launcher(saying)
+                case Start():
+                    self._begin_round(saying)
+                case Leave():
+                    self.last_failure = saying.failure
+                    self._end(termination.failed(saying.failure))
+                case Released():
+                    self._end(self._completion())
+
+    def _begin_round(self, start: Start) -> None:
+        if start.round > 0:
+            self.restarts += 1
+        if self._stopped_at is not None:
+            log.info(
+                "round %d starts %.2f s after the ranks had stopped",
+                start.round,
+                time.monotonic() - self._stopped_at,
+            )
+        self.pump.begin_round(start.rank * self.settings.processes)
+        self._tell_launcher(start)
+
+    def _tell_launcher(self, message: Open | Regroup | Start) -> None:
+        if self._launcher_writer is not None:
+            self._launcher_writer.write(encode(message))
+
+    async def _talk_with_launcher(self, sock: socket.socket) -> None:
+        reader, self._launcher_writer = await asyncio.open_connection(sock=sock)
+        while (message := await receive(reader, FROM_LAUNCHER)) is not None:
+            await self._hear_launcher(message)
+
+    async def _hear_launcher(self, message: FromLauncher) -> None:
+        match message:
+            case Ready():
+                log.info("the launcher is warm, ranks start by %s", message.start_method)
+            case Stopped():
+                await self._account_for_stop(message)
+            case Opened():
+                self._say(self.member.opened(message))
+            case Finished():
+                self._finish()
+
+    async def _account_for_stop(self, stopped: Stopped) -> None:
+        """Ranks are down: find out why, clear the board, and ask for the next round."""
+        await asyncio.get_running_loop().run_in_executor(None, self.pump.flush)
+        failure = self._blame(stopped.exits)
+        left = failure is None and bool(stopped.exits)
+        step = max(beat.step for beat in self.board.beats())
+        if self._launcher is not None:
+            process.kill_orphans(self._launcher.pid, spare=self._launcher.pid)
+        if failure is not None:
+            log.warning("rank %s: %s: %s", failure.rank, failure.reason, _last_line(failure))
+        if self.draining:
+            self._end(termination.preempted(failure) if failure is None else _unsaved(failure))
+            return
+        self.board.clear()
+        self._stopped_at = time.monotonic() if stopped.exits else None
+        self._say(self.member.stopped(step, failure, left))
+
+    def _blame(self, exits: dict[int, int]) -> Failure | None:
+        """The local cause. Last words count only if some rank ended by itself."""
+        kills, self._oom_kills = self._oom_kills, cgroup.oom_kills()
+        if not exits:
+            return None
+        processes = range(self.settings.processes)
+        return failures.blame(
+            exits,
+            self.board.failures(),
+            {local: failures.tail_text(self.pump.tail(local)) for local in processes},
+            (self.member.started_rank or 0) * self.settings.processes,
+            out_of_memory=self._oom_kills > kills,
+        )
+
+    def _finish(self) -> None:
+        """Our ranks are done. Wait for the others, but not for long: the work is saved."""
+        self._say(self.member.finished())
+        asyncio.get_running_loop().call_later(
+            BARRIER_SECONDS, lambda: self._end(self._completion())
+        )
+
+    def _completion(self) -> Outcome:
+        """Complete, if every local rank left the completion marker."""
+        if all(beat.phase is Phase.DONE for beat in self.board.beats()):
+            return termination.COMPLETE
+        text = "all ranks returned, but not all left the completion marker"
+        return termination.failed(Failure(message=text))
+
+    def _reap(self) -> None:
+        """Collect dead children; if the launcher is among them, this worker is at its end."""
+        dead = process.reap()
+        launcher = self._launcher
+        if launcher is None or launcher.pid not in dead:
+            return
+        code = launcher.returncode = dead[launcher.pid]
+        asyncio.create_task(self._launcher_died(code))  # noqa: RUF006  # it ends this process
+
+    async def _launcher_died(self, code: int) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self.pump.flush)
+        failure = Failure(
+            exit_code=1,
+            signal=failures.signal_name(-code) if code < 0 else None,
+            reason="Launcher",
+            message=failures.tail_text(self.pump.tail(logs.LAUNCHER))
+            or f"the launcher left with exit code {code}",
+        )
+        self._end(termination.preempted(failure) if self.draining else termination.failed(failure))
+
+
+def _unsaved(failure: Failure) -> Outcome:
+    """A rank failed while it was to save and leave: free of charge, unless trying again is idle."""
+    if failure.exit_code in (ExitCode.CONFIG, ExitCode.DO_NOT_RETRY):
+        return termination.failed(failure)
+    return termination.preempted(failure)
+
+
+def _last_line(failure: Failure) -> str:
+    return failure.message.rstrip().rpartition("\n")[2]
+
+
+def _run_directory() -> Path:
+    """A directory for the board and the pipes: in memory where there is some, else temporary."""
+    usable = os.access(SHARED_MEMORY, os.W_OK)
+    return Path(tempfile.mkdtemp(prefix="pretrain-", dir=SHARED_MEMORY if usable else None))

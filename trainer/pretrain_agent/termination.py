@@ -1,0 +1,63 @@
+"""How a worker ends: result, exit code, and the message it leaves for the operator."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain_api.wire import (
+    TERMINATION_MESSAGE_LIMIT,
+    ExitCode,
+    Failure,
+    Progress,
+    Result,
+    TerminationMessage,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a worker."""
+
+    result: Result
+    exit_code: int
+    failure: Failure | None = None
+
+
+COMPLETE = Outcome(Result.COMPLETE, ExitCode.OK)
+
+
+def preempted(failure: Failure | None = None) -> Outcome:
+    """Left on request; ``failure`` says why the last save may be missing."""
+    return Outcome(Result.PREEMPTED, ExitCode.PREEMPTED, failure)
+
+
+def failed(failure: Failure) -> Outcome:
+    """The exit code is the failing rank's, unless that code would mean something better."""
+    code = failure.exit_code or 1
+    if code == ExitCode.CONFIG:
+        return Outcome(Result.CONFIG, code, failure)
+    if code == ExitCode.PREEMPTED:
+        code = 1
+    return Outcome(Result.FAILED, code, failure)
+
+
+def fit(message: TerminationMessage) -> bytes:
+    """The message as bytes within Kubernetes' limit: a cut message would not parse.
+
+    The failure's text gives way first, then the list of skipped checkpoints.
+    """
+    data = message.to_bytes()
+    if len(data) <= TERMINATION_MESSAGE_LIMIT:
+        return data
+    progress: Progress = message.progress.model_copy(update={"skipped": ()})
+    return message.model_copy(update={"progress": progress}).to_bytes()
+
+
+def write(path: Path, message: TerminationMessage) -> None:
+    """Leave the message. A path that can't be written costs the message, not the exit code."""
+    try:
+        path.write_bytes(fit(message))
+    except OSError as error:
+        log.error("could not write the termination message: %s", error)
