@@ -24,6 +24,7 @@ from pretrain_devcluster.shell import Progress, run, stream, succeeds
 
 TARGETS = ("operator", "trainer")
 _BUILD_DISK = {"operator": 3 * preflight.GIB, "trainer": 25 * preflight.GIB}
+_STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+/\d+")
 _SUITE = "bookworm"
 # What the public slim Python images offer to a Dockerfile, and the headers that compiled code needs.
 _BASE_PACKAGES = "ca-certificates,python-is-python3,python3-dev,python3-pip,python3-venv"
@@ -128,7 +129,7 @@ def build(
             buildah(layout, "build", "--layers", "--isolation", "chroot", "--network", "host",
                     *_mounts(), "--build-arg", f"BASE_IMAGE={base}", "--target", target,
                     "--tag", image, "--file", source / "Dockerfile", source),
-            lambda line: progress.say(line) if re.match(r"STEP \d+/\d+", line) else None,
+            lambda line: progress.say(line) if _STEP.match(line) else None,
         )  # fmt: skip
         progress.say(f"pushing the image of the {target}")
         references[target] = push(layout, image)
