@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from pretrain_devcluster.layout import Layout
 
 Render = Callable[..., list[dict[str, Any]]]

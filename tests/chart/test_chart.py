@@ -1,4 +1,4 @@
-"""The chart over many values: every object valid, safe, with no right too many, and typos refused."""
+"""The chart over many values: valid objects, no right too many, and typos refused."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+
 from pretrain_api import names
 from pretrain_operator.settings import load
 

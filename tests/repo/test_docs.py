@@ -36,7 +36,9 @@ def test_make_verbs_in_the_docs_exist(repository: Path) -> None:
     assert mentioned - targets == set()
 
 
-@pytest.mark.parametrize("verb", ["setup", "test", "unit", "demo", "lint", "up", "down", "generate"])
+@pytest.mark.parametrize(
+    "verb", ["setup", "test", "unit", "demo", "lint", "up", "down", "generate"]
+)
 def test_make_help_lists_every_verb(repository: Path, verb: str) -> None:
     text = subprocess.run(
         ["make", "--no-print-directory", "help"],
