@@ -1,0 +1,1 @@
+"""The training process: FSDP2 pretraining that starts, resumes and resizes without losing a bit."""

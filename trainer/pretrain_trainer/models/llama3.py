@@ -1,0 +1,206 @@
+"""Llama 3.1: a decoder of grouped-query attention, rotary positions, SwiGLU and RMSNorm.
+
+Written as mathematics on one device. Sharding, recomputation and compilation are put on from the
+outside (:mod:`pretrain_trainer.parallel.parallelize`), block by block, which is why the model is a
+dictionary of equal blocks between an embedding and an output. Parameters carry torchtitan's names.
+Attention is causal over the packed sequence, as in torchtitan: documents that share a sequence see
+their predecessors.
+
+The rotary table travels from the model into every block as an argument, in float32 even when the
+blocks compute in bfloat16: a position of 8,000 has no room in bfloat16's eight bits.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pretrain_api.flavors.llama3 import LlamaShape, RopeScaling
+from pretrain_trainer.models.base import Constant, Distribution, LanguageModel, Normal
+
+STD = 0.02  # of every projection's initial values, before scaling by depth
+CUTOFF = 2.0  # absolute, so a hundred standard deviations: torchtitan's default, kept for parity
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """Angular frequencies of the rotary pairs, stretched as Llama 3.1 does.
+
+    Wavelengths much shorter than the original context stay, much longer ones are stretched by
+    ``scaling.factor``, those between are blended.
+
+    Returns:
+        float32 [head_dim / 2], in radians per position.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    context = scaling.original_max_position_embeddings
+    turns = context * frequencies / (2 * math.pi)  # full turns within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * keep + frequencies / scaling.factor * (1 - keep)
+
+
+def rope_table(positions: int, frequencies: Tensor) -> Tensor:
+    """Cosine and sine of every position's rotation: float32 [positions, head_dim / 2, 2]."""
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of features by their position's angle.
+
+    Args:
+        x: [batch, tokens, heads, head_dim], any float dtype.
+        rope: float32 [tokens, head_dim / 2, 2] or [batch, tokens, head_dim / 2, 2].
+
+    Returns:
+        Shape and dtype of ``x``; computed in float32.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rope.unsqueeze(-3).unbind(-1)
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal attention in which groups of query heads share a key and value head."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.wq = nn.Linear(shape.dim, shape.n_heads * shape.head_dim, bias=False)
+        self.wk = nn.Linear(shape.dim, shape.n_kv_heads * shape.head_dim, bias=False)
+        self.wv = nn.Linear(shape.dim, shape.n_kv_heads * shape.head_dim, bias=False)
+        self.wo = nn.Linear(shape.n_heads * shape.head_dim, shape.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """[batch, tokens, dim] to the same; ``rope`` as in :func:`rotate`."""
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.wq, self.wk, self.wv)
+        )
+        query, key = rotate(query, rope), rotate(key, rope)
+        mixed = functional.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return self.wo(mixed.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: one projection gates another."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(shape.dim, shape.hidden_dim, bias=False)
+        self.w2 = nn.Linear(shape.hidden_dim, shape.dim, bias=False)
+        self.w3 = nn.Linear(shape.dim, shape.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, dim] to the same."""
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.attention = Attention(shape)
+        self.feed_forward = FeedForward(shape)
+        self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """[batch, tokens, dim] to the same; ``rope`` as in :func:`rotate`."""
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama3(LanguageModel):
+    """The whole model: tokens in, logits out.
+
+    Args:
+        shape: sizes; its ``vocab_size`` must be set.
+        seq_len: longest sequence, which is the length of the rotary table.
+    """
+
+    def __init__(self, shape: LlamaShape, seq_len: int) -> None:
+        super().__init__()
+        if shape.vocab_size is None:
+            raise ValueError("a model needs a vocabulary size")
+        self.shape = shape
+        self.seq_len = seq_len
+        self.tok_embeddings = nn.Embedding(shape.vocab_size, shape.dim)
+        self.layers = nn.ModuleDict({str(i): Block(shape) for i in range(shape.n_layers)})
+        self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
+        # Derived from the shape, so not part of a checkpoint; computed by init_buffers().
+        table = torch.empty(seq_len, shape.head_dim // 2, 2, dtype=torch.float32)
+        self.register_buffer("rope", table, persistent=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 [batch, tokens].
+            positions: integer [batch, tokens]; None counts from 0 in every sequence.
+
+        Returns:
+            [batch, tokens, vocab_size] in the blocks' dtype.
+        """
+        table = cast(Tensor, self.rope)
+        rope = table[: tokens.shape[1]] if positions is None else table[positions]
+        x = self.tok_embeddings(tokens)
+        for block in self.layers.values():
+            x = block(x, rope)
+        return self.output(self.norm(x))
+
+    def init_buffers(self) -> None:
+        """Compute the rotary table, on whatever device it lies."""
+        shape = self.shape
+        frequencies = rope_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
+        cast(Tensor, self.rope).copy_(rope_table(self.seq_len, frequencies))
+
+    def distributions(self) -> dict[str, Distribution]:
+        """Initial distribution of every parameter, as in torchtitan.
+
+        Projections that write into the stream start smaller the deeper they lie, so that the
+        stream's variance doesn't grow with depth.
+        """
+        width = self.shape.dim**-0.5
+        rules: dict[str, Distribution] = {
+            "tok_embeddings.weight": Normal(1.0),
+            "norm.weight": Constant(1.0),
+            "output.weight": Normal(width, cutoff=3 * width),
+        }
+        for index in range(self.shape.n_layers):
+            depth = index + 1 if self.shape.depth_init else self.shape.n_layers
+            inner, outer = Normal(STD, CUTOFF), Normal(STD / math.sqrt(2 * depth), CUTOFF)
+            rules |= {
+                f"layers.{index}.{name}.weight": rule
+                for name, rule in {
+                    **dict.fromkeys(("attention.wq", "attention.wk", "attention.wv"), inner),
+                    "attention.wo": outer,
+                    "feed_forward.w1": inner,
+                    **dict.fromkeys(("feed_forward.w2", "feed_forward.w3"), outer),
+                    **dict.fromkeys(("attention_norm", "ffn_norm"), Constant(1.0)),
+                }.items()
+            }
+        return rules
+
+    def flops_per_token(self) -> int:
+        """Model FLOPs of one trained token by torchtitan's formula.
+
+        6 per parameter outside the input embedding (2 forward, 4 backward), and 12 per layer,
+        feature and token of the sequence for attention, causality not discounted. Recomputation
+        doesn't count.
+        """
+        used = sum(p.numel() for p in self.parameters()) - self.tok_embeddings.weight.numel()
+        features = self.shape.n_heads * self.shape.head_dim
+        return 6 * used + 12 * self.shape.n_layers * features * self.seq_len

@@ -1,0 +1,1 @@
+"""Trades of memory, arithmetic and time that leave the model's mathematics alone."""

@@ -1,0 +1,69 @@
+"""What a rank is told: by torchrun and the agent through the environment, by the user in a file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pretrain_api import names
+from pretrain_api.config import RunConfig
+from pretrain_trainer.errors import BadInputError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This process among its peers. Without torchrun it is alone; without an agent, unsupervised.
+
+    ``generation`` and ``round`` count worlds and restarts within one; a first start has 0 or 1 and
+    0. ``board`` is the path of the shared memory the supervisor watches.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    board: Path | None = None
+    generation: int = 0
+    round: int = 0
+    nonce: str = ""
+    job_uid: str = ""
+
+    @property
+    def first_start(self) -> bool:
+        """No earlier start of this run exists, so options about a run's beginning apply."""
+        return self.generation <= 1 and self.round == 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Place":
+        """Read torchrun's and the agent's variables; all have defaults."""
+        board = environment.get(names.ENV_BOARD)
+        return cls(
+            rank=int(environment.get("RANK", 0)),
+            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            world_size=int(environment.get("WORLD_SIZE", 1)),
+            board=Path(board) if board else None,
+            generation=int(environment.get(names.ENV_GENERATION, 0)),
+            round=int(environment.get(names.ENV_ROUND, 0)),
+            nonce=environment.get(names.ENV_NONCE, ""),
+            job_uid=environment.get(names.ENV_JOB_UID, ""),
+        )
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read the run's configuration.
+
+    Raises:
+        BadInputError: naming the file, and every key that is wrong with what is wrong about it.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise BadInputError(f"{path}: can't read the configuration: {error.strerror}") from error
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'file'}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise BadInputError(f"{path}: {problems}") from error

@@ -1,0 +1,136 @@
+"""One optimizer step, top to bottom."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from pretrain_api.config import Training
+from pretrain_api.wire import Order
+from pretrain_trainer.agreement import Count, agree, count
+from pretrain_trainer.data.loader import Loader, Microbatch
+from pretrain_trainer.errors import HopelessError
+from pretrain_trainer.loss import valid_tokens
+from pretrain_trainer.models.base import LanguageModel
+from pretrain_trainer.optim import set_learning_rate
+from pretrain_trainer.parallel.fsdp import sync_gradients
+from pretrain_trainer.state import TrainState
+
+MAX_SKIPPED = 10  # steps in a row without finite gradients before training is given up
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a step works with; stays the same from step to step."""
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    learning_rate: Callable[[int], float]  # of the step about to be taken, from 0
+    loader: Loader
+    device: torch.device
+    ranks: int  # that see different samples
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step did."""
+
+    loss: Tensor  # float32 scalar; this rank's part, all ranks' parts add up to the mean
+    grad_norm: float
+    learning_rate: float
+    agreed: Count
+    data_wait: float  # seconds
+    last: bool  # the data ends with this step
+
+
+def run_step(
+    machine: Machine, state: TrainState, training: Training, order: Order
+) -> StepReport | None:
+    """Take one step and note it in ``state``; None if there was nothing left to train on.
+
+    Collective: every rank takes the same decisions, because all follow from agreed numbers.
+
+    Raises:
+        HopelessError: gradients are not finite, and ``training.non_finite`` asks to stop or has
+            skipped long enough.
+    """
+    asked = time.monotonic()
+    batch = machine.loader.next_step()
+    data_wait = time.monotonic() - asked
+
+    valid = sum(valid_tokens(microbatch.labels) for microbatch in batch.microbatches)
+    agreed = agree(count(valid, batch.sample_hash, batch.ended, order))
+    ended = agreed.ended == machine.ranks
+    if ended and agreed.valid_tokens == 0:
+        return None
+
+    rate = machine.learning_rate(state.schedule_step)
+    set_learning_rate(machine.optimizer, rate)
+    loss = accumulate(machine, batch.microbatches, agreed.valid_tokens)
+    grad_norm = clip_gradients(machine.model, training.max_norm)
+    finite = math.isfinite(grad_norm)
+    if finite:
+        machine.optimizer.step()
+    machine.optimizer.zero_grad(set_to_none=True)
+
+    state.advance(agreed.valid_tokens, agreed.sample_hash, finite)
+    if not finite:
+        tolerate(state, training)
+    return StepReport(loss, grad_norm, rate, agreed, data_wait, last=ended)
+
+
+def accumulate(machine: Machine, microbatches: list[Microbatch], step_tokens: int) -> Tensor:
+    """Forward and backward of all microbatches; gradients are reduced with the last.
+
+    Args:
+        machine: model and loss.
+        microbatches: this rank's, at least one.
+        step_tokens: valid tokens of all ranks' microbatches; the loss is a mean over them.
+
+    Returns:
+        This rank's part of the loss, float32 scalar, detached.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=machine.device)
+    for number, microbatch in enumerate(microbatches, start=1):
+        sync_gradients(machine.model, number == len(microbatches))
+        tokens = microbatch.tokens.to(machine.device, non_blocking=True)
+        labels = microbatch.labels.to(machine.device, non_blocking=True)
+        loss = machine.loss(machine.model(tokens), labels) / max(1, step_tokens)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their total norm is at most ``max_norm``. Collective.
+
+    Returns:
+        The norm before; the same number on every rank.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
+
+
+def tolerate(state: TrainState, training: Training) -> None:
+    """Accept a step without finite gradients, or raise HopelessError."""
+    if training.non_finite == "stop":
+        raise HopelessError(
+            f"step {state.step}: gradients are not finite, and training.non_finite is stop"
+        )
+    if state.skipped_in_a_row >= MAX_SKIPPED:
+        raise HopelessError(
+            f"step {state.step}: gradients were not finite in {MAX_SKIPPED} steps in a row; lower "
+            "optimizer.lr or look at the data of these steps"
+        )

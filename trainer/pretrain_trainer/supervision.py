@@ -1,0 +1,43 @@
+"""The trainer's end of the shared memory between ranks and their supervisor.
+
+A rank says which phase it is in, so that a hang is noticed, and takes orders, so that a save before
+a shutdown needs no signal. Without an agent there is no board: nothing is said and nothing ordered.
+"""
+
+from pretrain_agent.board import Board
+from pretrain_api.wire import Failure, Order, Phase, Progress
+from pretrain_trainer.settings import Place
+
+
+class Supervision:
+    """One rank's line to its supervisor."""
+
+    def __init__(self, place: Place) -> None:
+        self._rank = place.rank
+        self._local_rank = place.local_rank
+        self._board = Board.open(place.board) if place.board else None
+        self._obeyed = Order.NONE
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """Report where this rank is; each report is also a sign of life."""
+        if self._board:
+            self._board.publish(self._local_rank, phase, step)
+
+    def new_order(self) -> Order:
+        """The order in force if it wasn't returned before, else NONE: an order is obeyed once."""
+        order = self._board.order if self._board else Order.NONE
+        if order == self._obeyed:
+            return Order.NONE
+        self._obeyed = order
+        return order
+
+    def report(self, progress: Progress) -> None:
+        """Publish how far training is; only rank 0's word counts."""
+        if self._board and self._rank == 0:
+            self._board.put_progress(progress)
+
+    def last_words(self, exit_code: int, reason: str, message: str) -> None:
+        """Say why this rank is about to die."""
+        if self._board:
+            failure = Failure(rank=self._rank, exit_code=exit_code, reason=reason, message=message)
+            self._board.put_failure(self._local_rank, failure)

@@ -1,0 +1,94 @@
+"""The training process of one rank: join, build, resume, train, save.
+
+This module is what the agent's fork server imports before any rank exists, so importing it loads
+torch and everything of ours, and touches no device.
+"""
+
+import argparse
+import gc
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from pretrain_api.config import RunConfig
+from pretrain_api.wire import ExitCode, Order, Phase
+from pretrain_trainer.endings import verdicts
+from pretrain_trainer.logs import set_up_logs
+from pretrain_trainer.settings import Place, load_config
+from pretrain_trainer.step import run_step
+from pretrain_trainer.supervision import Supervision
+from pretrain_trainer.trainer import Trainer, build_trainer
+from pretrain_trainer.world import World, joined_world, shorten_timeouts
+
+logger = logging.getLogger(__name__)
+
+
+def main(config_path: str) -> None:
+    """Train as the configuration says, from wherever the newest checkpoint left off.
+
+    Returns when training is complete and saved. Otherwise raises SystemExit with an
+    :class:`ExitCode`, or the error that ended this rank.
+    """
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)  # a forked rank inherits the launcher's handlers
+    place = Place.from_environment(os.environ)
+    supervision = Supervision(place)
+    set_up_logs(place.rank)
+    with verdicts(supervision):
+        supervision.enter(Phase.STARTING, 0)
+        config = load_config(Path(config_path))
+        with joined_world(config, place) as world:
+            ordered = run(config, world, supervision)
+    if ordered != Order.NONE:
+        sys.exit(ExitCode.PREEMPTED)
+
+
+def run(config: RunConfig, world: World, supervision: Supervision) -> Order:
+    """Build, load and train. Returns the order that ended training early, or NONE."""
+    trainer = build_trainer(config, world, supervision)
+    if config.checkpoint.create_seed_checkpoint:
+        trainer.save_seed()
+    elif not trainer.resume():
+        ordered = train(trainer)
+        if ordered != Order.NONE:
+            return ordered
+        trainer.save(last=True)
+    supervision.enter(Phase.DONE, trainer.state.step)
+    return Order.NONE
+
+
+def train(trainer: Trainer) -> Order:
+    """Step until training or data ends, or an order to leave, which is returned."""
+    training, state = trainer.config.training, trainer.state
+    gc.disable()  # collections at each rank's own whim would make all others wait
+    phase = Phase.FIRST_STEP
+    while state.step < training.steps:
+        trainer.supervision.enter(phase, state.step)
+        order = trainer.supervision.new_order()
+        report = run_step(trainer.machine, state, training, order)
+        if report is None:
+            break
+        ends = report.last or state.step == training.steps
+        trainer.report(report, last=ends)
+        if phase == Phase.FIRST_STEP:
+            shorten_timeouts(trainer.world, trainer.config.comm.train_timeout_seconds)
+            phase = Phase.STEP
+        if state.step % training.gc_freq == 0:
+            gc.collect(1)
+        if report.agreed.order == Order.STOP:
+            return Order.STOP
+        if not ends and trainer.save_due(report.agreed.order):
+            trainer.save()
+        if report.agreed.order == Order.DRAIN and not ends:
+            return Order.DRAIN
+        if report.last:
+            break
+    return Order.NONE
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="One rank of a training run, started by torchrun.")
+    parser.add_argument("config", help="the run's configuration, JSON")
+    main(parser.parse_args().config)

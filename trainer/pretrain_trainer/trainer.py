@@ -1,0 +1,190 @@
+"""Everything one rank trains with, put together once, and its dealings with checkpoints."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pretrain_api.config import RunConfig
+from pretrain_api.wire import Order, Phase
+from pretrain_trainer.checkpoint.errors import SaveFailedError
+from pretrain_trainer.checkpoint.manager import CheckpointManager, Identity
+from pretrain_trainer.data.loader import build_loader
+from pretrain_trainer.data.tokenizer import load_tokenizer
+from pretrain_trainer.errors import BadInputError
+from pretrain_trainer.init import initialise
+from pretrain_trainer.loss import cross_entropy_sum
+from pretrain_trainer.models.registry import build_model
+from pretrain_trainer.optim import build_optimizer, schedule
+from pretrain_trainer.parallel.parallelize import parallelize
+from pretrain_trainer.precision.compile import compile_loss
+from pretrain_trainer.settings import Place
+from pretrain_trainer.state import TrainState, restore, state_tensors
+from pretrain_trainer.step import Machine, StepReport
+from pretrain_trainer.supervision import Supervision
+from pretrain_trainer.telemetry import Telemetry, log_start
+from pretrain_trainer.world import World
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Trainer:
+    """One rank's training: what it works with, how far it is, where it saves and reports."""
+
+    config: RunConfig
+    world: World
+    machine: Machine
+    supervision: Supervision
+    telemetry: Telemetry
+    checkpoints: CheckpointManager | None
+    state: TrainState = field(default_factory=TrainState)
+    failed_saves: int = 0  # in a row
+
+    def resume(self) -> bool:
+        """Load the newest good checkpoint, or what the run is told to start from. Collective.
+
+        Returns:
+            whether training was complete already, so that nothing is left to do.
+
+        Raises:
+            BadInputError: the newest checkpoint can't continue training.
+        """
+        if self.checkpoints is None:
+            return False
+        self.supervision.enter(Phase.LOAD, 0)
+        tensors = self._tensors()
+        found = self.checkpoints.load(tensors)
+        self.telemetry.note(skipped=found.skipped)
+        if found.complete and found.step:
+            return self._check_complete(found.step)
+        if not found.complete:  # else a seed: weights for a run that starts at step 0
+            restore(tensors, self.state, self.machine.loader)
+        if found.step is None and found.initial is None:
+            logger.info("no checkpoint found: training starts at step 0")
+            return False
+        source = found.initial or f"step-{found.step}"
+        logger.info("resumed from %s at step %d", source, self.state.step)
+        self.telemetry.note(resumed_from=found.step, step=self.state.step)
+        return False
+
+    def save_due(self, order: Order) -> bool:
+        """Whether a checkpoint is due after the step just finished."""
+        options, step = self.config.checkpoint, self.state.step
+        first = step == 1 and options.enable_first_step_checkpoint
+        return first or step % options.interval == 0 or order in (Order.SAVE, Order.DRAIN)
+
+    def save(self, *, last: bool = False) -> None:
+        """Commit a checkpoint of the current step, then delete old ones. Collective.
+
+        One failure is survived, loudly: the next save may find the storage well again.
+
+        Raises:
+            SaveFailedError: if it is the second in a row, or the last save of all.
+        """
+        if self.checkpoints is None or self.config.checkpoint.load_only:
+            return
+        self.supervision.enter(Phase.SAVE, self.state.step)
+        try:
+            committed = self.checkpoints.save(self.state.step, self._tensors(), last=last)
+        except SaveFailedError:
+            self.failed_saves += 1
+            if last or self.failed_saves > 1:
+                raise
+            logger.exception("step %d could not be saved; training goes on", self.state.step)
+            return
+        self.failed_saves = 0
+        self.checkpoints.prune()
+        self.telemetry.saved(committed)
+        self.supervision.report(self.telemetry.progress)
+
+    def save_seed(self) -> None:
+        """Save the initial weights as step 0, for runs on other layouts to start from.
+
+        Raises:
+            BadInputError: checkpoints are disabled, or there is more than one process.
+        """
+        if self.checkpoints is None or self.machine.ranks > 1:
+            raise BadInputError(
+                "checkpoint.create_seed_checkpoint: needs checkpoint.enable and a single process"
+            )
+        self.save(last=True)
+
+    def report(self, report: StepReport, *, last: bool) -> None:
+        """Report a finished step where it is due. Collective."""
+        if self.telemetry.step_done(report, self.state, last=last):
+            self.supervision.report(self.telemetry.progress)
+
+    def _tensors(self) -> dict[str, object]:
+        machine = self.machine
+        return state_tensors(self.state, machine.model, machine.optimizer, machine.loader)
+
+    def _check_complete(self, step: int) -> bool:
+        """A checkpoint of weights alone ends a run; more steps than it has can't be added."""
+        steps = self.config.training.steps
+        if step < steps and self.config.training.epochs is None:
+            raise BadInputError(
+                f"training.steps: {steps} steps are asked for, but the newest checkpoint, "
+                f"step-{step}, holds only weights and can't continue training; start a new run "
+                "with checkpoint.initial_load_path, or use checkpoint.load_step"
+            )
+        logger.info("training was complete at step %d: nothing left to do", step)
+        self.state.step = step
+        return True
+
+
+def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> Trainer:
+    """Put together everything this rank trains with, at its initial values. Collective.
+
+    Raises:
+        BadInputError, DataError, CheckpointConfigError: the configuration can't be trained with.
+    """
+    training = config.training
+    tokenizer = load_tokenizer(config.model.hf_assets_path)
+    loader = build_loader(
+        config, tokenizer, dp_rank=world.data_rank, dp_degree=world.plan.dp_degree
+    )
+    model = build_model(
+        config.model, tokenizer.vocab_size, training.seq_len, getattr(torch, training.dtype)
+    )
+    log_start(config, world, model)
+    parallelize(model, config, world.mesh, world.device)
+    initialise(model, training.seed or 0, world.device)
+    optimizer = build_optimizer(model, config.optimizer)
+    factor = schedule(config.lr_scheduler, training.steps)
+    machine = Machine(
+        model=model,
+        optimizer=optimizer,
+        loss=compile_loss(cross_entropy_sum, config.compile),
+        learning_rate=lambda step: config.optimizer.lr * factor(step),
+        loader=loader,
+        device=world.device,
+        ranks=world.plan.dp_degree,
+    )
+    telemetry = Telemetry(config, world, model)
+    checkpoints = open_checkpoints(config, world.place)
+    return Trainer(config, world, machine, supervision, telemetry, checkpoints)
+
+
+def open_checkpoints(config: RunConfig, place: Place) -> CheckpointManager | None:
+    """The run's checkpoints, if they are enabled. Collective.
+
+    Options that choose where a run begins apply to its first start only: restarted after a failure,
+    it goes on from where it was, or it would never get anywhere.
+    """
+    options = config.checkpoint
+    if not options.enable:
+        return None
+    if options.create_seed_checkpoint:
+        options = options.model_copy(
+            update={"last_save_model_only": True, "export_dtype": "float32"}
+        )
+    if not place.first_start:
+        options = options.model_copy(update={"load_step": -1, "exclude_from_loading": ()})
+    identity = Identity(
+        job_uid=place.job_uid, generation=place.generation, nonce=place.nonce, round=place.round
+    )
+    return CheckpointManager(
+        Path(config.job.dump_folder) / config.checkpoint.folder, options, identity
+    )

@@ -1,0 +1,93 @@
+"""Joining the world: device, process group, mesh; and leaving it in order.
+
+There is one process group with two backends: gloo for tensors on the host, nccl for those on a GPU.
+What ranks agree on every step is on the host, so it needs no synchronisation with the GPU, and it
+works without one. Nothing here happens at import, because the fork server that imports this module
+must not touch a device.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from pretrain_api.config import RunConfig
+from pretrain_api.mesh import BatchPlan, MeshError, batch_plan, resolve
+from pretrain_trainer.errors import BadInputError
+from pretrain_trainer.parallel.mesh import build_mesh, data_rank
+from pretrain_trainer.settings import Place
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This rank's device and its place in the mesh."""
+
+    place: Place
+    device: torch.device
+    mesh: DeviceMesh
+    plan: BatchPlan
+    data_rank: int
+
+
+@contextmanager
+def joined_world(config: RunConfig, place: Place) -> Iterator[World]:
+    """Join all ranks of the run for the duration of the block. Collective.
+
+    The process group is destroyed only on the way out without an error: after one, peers may be
+    gone, and waiting for them would hide it.
+
+    Raises:
+        BadInputError: degrees or batch sizes don't fit the number of ranks.
+    """
+    try:
+        degrees = resolve(config.parallelism, place.world_size)
+        plan = batch_plan(config, place.world_size)
+    except MeshError as error:
+        raise BadInputError(str(error)) from error
+    device = own_device(place)
+    make_deterministic(config.training.deterministic)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=place.rank,
+        world_size=place.world_size,
+        # A rank alone needs no peers to find; with peers, torchrun says where they meet.
+        store=dist.HashStore() if place.world_size == 1 else None,
+        timeout=timedelta(seconds=config.comm.init_timeout_seconds),
+    )
+    mesh = build_mesh(degrees, device)
+    yield World(place, device, mesh, plan, data_rank(mesh))
+    dist.destroy_process_group()
+
+
+def own_device(place: Place) -> torch.device:
+    """This rank's GPU, or the CPU where there is none; becomes the current device."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def make_deterministic(enabled: bool) -> None:
+    """Let torch use only kernels that repeat bit for bit, even where they are slower."""
+    if enabled:
+        # cuBLAS reads this when its handle is made, which is after this point.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(enabled)
+
+
+def shorten_timeouts(world: World, seconds: int) -> None:
+    """Once compilation and connection set-up are over, expect collectives to be quick.
+
+    Only those of training: groups made elsewhere, such as the checkpoint's, wait for storage.
+    """
+    # Public since torch 2.15, deprecated under its old name there.
+    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in (dist.group.WORLD, *world.mesh.get_all_groups()):
+        change(timedelta(seconds=seconds), group)
