@@ -1,0 +1,1 @@
+"""Checkpoints that are there or are not: :mod:`.manager` saves, loads and prunes them."""
