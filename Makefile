@@ -32,14 +32,15 @@ lint: setup ## Style, types, layers, generated files: what must be clean before 
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+	$(BIN)/python -m pretrain_api.crd --check
 
 format: setup ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 generate: setup ## The CRD, from the models, into manifests/ and the chart
-	$(BIN)/python -m pretrain_api.crd > manifests/base/crds/pretrainjobs.yaml
-	cp manifests/base/crds/pretrainjobs.yaml charts/pretrain-operator/files/crds/pretrainjobs.yaml
+	$(BIN)/python -m pretrain_api.crd
+	cp manifests/base/crds/*.yaml charts/pretrain-operator/files/crds/
 
 up: setup ## A Kubernetes cluster on this machine, with our images and the operator
 	@$(BIN)/python -m pretrain_demo --up

@@ -135,7 +135,7 @@ def test_the_definition_survives_an_uninstall_unless_told_otherwise(
 def test_the_definition_is_the_generated_one(render: Render, repository: Path) -> None:
     crd = of_kind(render(), "CustomResourceDefinition")
     generated = yaml.safe_load(
-        (repository / "manifests" / "base" / "crds" / "pretrainjobs.yaml").read_text()
+        (repository / "manifests" / "base" / "crds" / "pretrain.dev_pretrainjobs.yaml").read_text()
     )
     assert crd["spec"] == generated["spec"]
 

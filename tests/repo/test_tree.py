@@ -104,3 +104,13 @@ def test_no_machine_path_and_no_registry_host_is_written_down(repository: Path) 
 
 def test_no_file_is_huge(repository: Path) -> None:
     assert [str(p) for p in tracked(repository) if p.stat().st_size > 2**20] == []
+
+
+def test_the_chart_carries_the_generated_definition(repository: Path) -> None:
+    generated = repository / "manifests" / "base" / "crds"
+    shipped = repository / "charts" / "pretrain-operator" / "files" / "crds"
+    names = sorted(path.name for path in generated.glob("*.yaml"))
+    assert names
+    assert names == sorted(path.name for path in shipped.glob("*.yaml"))
+    stale = [n for n in names if (generated / n).read_bytes() != (shipped / n).read_bytes()]
+    assert stale == [], "run `make generate`"
