@@ -128,6 +128,8 @@ def members(netns: str) -> Iterator[int]:
                 yield int(entry.name)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
+        except PermissionError:
+            continue  # hidden even from root, so it is none that we started
 
 
 def kill_members(netns: str) -> None:
