@@ -14,6 +14,6 @@ and Debian, so that it can run before anything of the project is installed.
 
 from pretrain_devcluster.cluster import Cluster
 from pretrain_devcluster.node import Node
-from pretrain_devcluster.shell import CommandFailed, DevclusterError
+from pretrain_devcluster.shell import CommandError, DevclusterError
 
-__all__ = ["Cluster", "CommandFailed", "DevclusterError", "Node"]
+__all__ = ["Cluster", "CommandError", "DevclusterError", "Node"]

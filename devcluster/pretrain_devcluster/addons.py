@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pretrain_devcluster import pki
 from pretrain_devcluster.layout import CONTROL, DNS_ADDRESS, PROVISIONER
 
@@ -11,7 +13,7 @@ _DNS_PORTS = [{"name": protocol.lower(), "port": 53, "protocol": protocol}
               for protocol in ("UDP", "TCP")]  # fmt: skip
 
 
-def manifests() -> dict[str, object]:
+def manifests() -> dict[str, Any]:
     """Returns the objects as one List, fit for `kubectl apply`."""
     return {
         "apiVersion": "v1",
@@ -31,7 +33,7 @@ def manifests() -> dict[str, object]:
     }
 
 
-def _dns_service() -> dict[str, object]:
+def _dns_service() -> dict[str, Any]:
     """No selector: the DNS server is a process of the control plane, not a pod."""
     return {
         "apiVersion": "v1",
@@ -41,7 +43,7 @@ def _dns_service() -> dict[str, object]:
     }
 
 
-def _dns_endpoints() -> dict[str, object]:
+def _dns_endpoints() -> dict[str, Any]:
     return {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
@@ -52,7 +54,7 @@ def _dns_endpoints() -> dict[str, object]:
     }
 
 
-def _dns_role() -> dict[str, object]:
+def _dns_role() -> dict[str, Any]:
     watch = ["list", "watch"]
     core = {"apiGroups": [""], "resources": ["namespaces", "pods", "services"], "verbs": watch}
     slices = {
@@ -68,7 +70,7 @@ def _dns_role() -> dict[str, object]:
     }
 
 
-def _binding(name: str, role: str, user: str) -> dict[str, object]:
+def _binding(name: str, role: str, user: str) -> dict[str, Any]:
     return {
         "apiVersion": f"{_RBAC}/v1",
         "kind": "ClusterRoleBinding",
@@ -78,7 +80,7 @@ def _binding(name: str, role: str, user: str) -> dict[str, object]:
     }
 
 
-def _storage_class() -> dict[str, object]:
+def _storage_class() -> dict[str, Any]:
     return {
         "apiVersion": "storage.k8s.io/v1",
         "kind": "StorageClass",

@@ -90,7 +90,7 @@ class Cluster:
         """Runs kubectl as administrator and returns its stdout; `text` goes to its stdin.
 
         Raises:
-            CommandFailed: kubectl ended with a non-zero status.
+            CommandError: kubectl ended with a non-zero status.
         """
         return control.kubectl(self.layout, self.binaries, *words, text=text)
 
@@ -98,7 +98,7 @@ class Cluster:
         """Runs helm as administrator and returns its stdout.
 
         Raises:
-            CommandFailed: helm ended with a non-zero status.
+            CommandError: helm ended with a non-zero status.
         """
         return run(self.binaries.tools / "helm", "--kubeconfig", self.kubeconfig, *words)
 
@@ -131,7 +131,7 @@ class Cluster:
         """Builds targets of `source`/Dockerfile, pushes them, returns references by digest.
 
         Raises:
-            CommandFailed: the build failed; the message has the end of its output.
+            CommandError: the build failed; the message has the end of its output.
         """
         return images.build(self.layout, source, targets, Progress(quiet))
 

@@ -185,7 +185,7 @@ def registry_mirror() -> str:
 
 
 def containerd(pause_image: str, certs_folder: Path, cni_folder: Path) -> str:
-    """containerd at its standard paths: every node sees folders of its own there.
+    """Puts containerd at its standard paths: every node sees folders of its own there.
 
     Layer archives are dropped once unpacked (a node needs only what it runs), and no container may
     ask for a lower out-of-memory score than containerd has, which some machines would refuse.

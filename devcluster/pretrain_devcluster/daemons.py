@@ -7,6 +7,7 @@ There is no supervisor: `up` starts whatever is missing, which is all a developm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -145,17 +146,13 @@ def kill_members(netns: str) -> None:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is what we want
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended by itself, which is what we want
 
 
 def _reap(pid: int | None) -> None:
     """Collects the exit status where the daemon is a child of this very process."""
     if pid is None:
         return
-    try:
+    with contextlib.suppress(ChildProcessError):  # started by an earlier command
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass  # started by an earlier command: not our child

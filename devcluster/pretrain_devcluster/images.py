@@ -26,7 +26,7 @@ TARGETS = ("operator", "trainer")
 _BUILD_DISK = {"operator": 3 * preflight.GIB, "trainer": 25 * preflight.GIB}
 _STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+/\d+")
 _SUITE = "bookworm"
-# What the public slim Python images offer to a Dockerfile, and the headers that compiled code needs.
+# What the public slim Python images offer to a Dockerfile, headers for compiled code included.
 _BASE_PACKAGES = "ca-certificates,python-is-python3,python3-dev,python3-pip,python3-venv"
 
 

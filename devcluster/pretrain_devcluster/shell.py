@@ -14,7 +14,7 @@ class DevclusterError(Exception):
     """Something the user can act on; the message is one sentence that says what to do."""
 
 
-class CommandFailed(DevclusterError):
+class CommandError(DevclusterError):
     """A command ended with a non-zero exit status.
 
     Attributes:
@@ -46,7 +46,7 @@ def run(
         cwd: working directory.
 
     Raises:
-        CommandFailed: the command ended with a non-zero status.
+        CommandError: the command ended with a non-zero status.
         DevclusterError: the program is not installed.
     """
     words = [str(word) for word in argv]
@@ -57,7 +57,7 @@ def run(
     except FileNotFoundError as error:
         raise DevclusterError(f"{error.filename} is not there: run `up` to install it") from error
     if done.returncode != 0:
-        raise CommandFailed(words, done.returncode, done.stderr + done.stdout)
+        raise CommandError(words, done.returncode, done.stderr + done.stdout)
     return done.stdout
 
 
@@ -65,7 +65,7 @@ def stream(argv: Sequence[str], on_line: Callable[[str], None]) -> None:
     """Runs a long command and hands over each line of its output as it comes.
 
     Raises:
-        CommandFailed: the command ended with a non-zero status.
+        CommandError: the command ended with a non-zero status.
     """
     kept: list[str] = []
     with subprocess.Popen(
@@ -76,7 +76,7 @@ def stream(argv: Sequence[str], on_line: Callable[[str], None]) -> None:
             kept = [*kept[-30:], line]
             on_line(line.rstrip())
     if process.returncode != 0:
-        raise CommandFailed(argv, process.returncode, "".join(kept))
+        raise CommandError(argv, process.returncode, "".join(kept))
 
 
 def succeeds(*argv: str | Path) -> bool:
@@ -88,9 +88,7 @@ def succeeds(*argv: str | Path) -> bool:
     return True
 
 
-def wait_until(
-    condition: Callable[[], bool], what: str, seconds: float, poll: float = 0.1
-) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float, poll: float = 0.1) -> None:
     """Blocks until `condition()` holds.
 
     Raises:

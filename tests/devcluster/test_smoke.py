@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from pretrain_devcluster import Cluster
 from pretrain_devcluster.shell import wait_until
 
