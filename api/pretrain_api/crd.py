@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
@@ -88,21 +88,22 @@ def definition() -> Schema:
     }
 
 
-def to_yaml(value: Schema | list[Any], indent: int = 0) -> Iterator[str]:
+def to_yaml(value: Any, indent: int = 0) -> Iterator[str]:
     """Lines of YAML for JSON types; strings are quoted, so no value can change its type."""
     pad = " " * indent
+    entries: list[tuple[str, Any]]
     if isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(item, dict | list) and item:
-                yield f"{pad}{_scalar(key, is_key=True)}:"
-                yield from to_yaml(item, indent + 2)
-            else:
-                yield f"{pad}{_scalar(key, is_key=True)}: {_scalar(item)}"
+        entries = [(f"{_key(key)}:", item) for key, item in cast(Schema, value).items()]
     else:
-        for item in value:
-            lines = list(to_yaml(item, indent + 2)) if isinstance(item, dict | list) else None
-            yield f"{pad}- {lines[0].lstrip() if lines else _scalar(item)}"
-            yield from (lines or [])[1:]
+        entries = [("-", item) for item in cast(list[Any], value)]
+    for lead, item in entries:
+        if not isinstance(item, dict | list) or not item:
+            yield f"{pad}{lead} {json.dumps(item, ensure_ascii=False)}"
+            continue
+        lines = to_yaml(item, indent + 2)
+        # The first line of a list's item stands behind its dash.
+        yield f"{pad}{lead} {next(lines).lstrip()}" if lead == "-" else f"{pad}{lead}"
+        yield from lines
 
 
 def render() -> str:
@@ -251,9 +252,8 @@ def _transition(transition: Transition) -> Schema:
     return {"rule": transition.cel, "message": transition.message}
 
 
-def _scalar(value: Any, *, is_key: bool = False) -> str:
-    plain = is_key and str(value).replace("-", "").isalnum()
-    return value if plain else json.dumps(value, ensure_ascii=False)
+def _key(key: str) -> str:
+    return key if key.replace("-", "").isalnum() else json.dumps(key)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ as a Python predicate for everybody else. A test gives both the same inputs.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, LiteralString, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
@@ -54,6 +54,7 @@ class Rule:
     holds: Callable[[Any], bool]
     path: str = ""
     explain: Callable[[Any], str] | None = None
+    kind: LiteralString = "rule"  # type of the error; "unsupported" is about one value alone
 
     def sentence(self, section: Any) -> str:
         """What is wrong with this section."""
@@ -89,7 +90,9 @@ class Section(BaseModel):
         broken = [
             InitErrorDetails(
                 # The sentence goes in as context: its own braces are no placeholders.
-                type=PydanticCustomError("rule", "{sentence}", {"sentence": rule.sentence(self)}),
+                type=PydanticCustomError(
+                    rule.kind, "{sentence}", {"sentence": rule.sentence(self)}
+                ),
                 loc=tuple(aliases(rule.path)),
                 input=value_at(self, rule.path) if rule.path else None,
             )

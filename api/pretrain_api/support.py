@@ -81,6 +81,7 @@ def support_rules() -> tuple[Rule, ...]:
 def _rule(entry: Unbuilt) -> Rule:
     advice = entry.instead or f"leave it at {_literal(entry.inactive[0])}"
     return Rule(
+        kind="unsupported",
         path=entry.path,
         cel=_cel(entry),
         message=f"this value is not supported yet; {advice}",

@@ -16,7 +16,7 @@ from pretrain_api.schema import (
     Text,
 )
 
-Dataset = Literal["c4", "c4_test", "text", "jsonl"]
+Dataset = Literal["c4", "text", "jsonl"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -69,13 +69,6 @@ class Training(Section):
     Samples depend on it, so it never changes within a run."""
 
     rules: ClassVar = (
-        Rule(
-            path="dataset",
-            cel="self.dataset != 'c4_test'",
-            message="c4_test is torchtitan's own sample, which doesn't ship here; "
-            "use c4, or text or jsonl with training.dataset_path",
-            holds=lambda t: t.dataset != "c4_test",
-        ),
         Rule(
             path="dataset_path",
             cel="!(self.dataset in ['text', 'jsonl']) || "

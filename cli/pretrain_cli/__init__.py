@@ -1,0 +1,1 @@
+"""The command line: check, convert and run training jobs on one machine, without a cluster."""
