@@ -1,4 +1,6 @@
-"""What a checkpoint says, whatever its layout: ``python -m pretrain_trainer.checkpoint.digest PATH``.
+"""What a checkpoint says, whatever its layout.
+
+``python -m pretrain_trainer.checkpoint.digest PATH [--section model]``
 
 Two runs ended alike if their final weights have the same digest, be they saved by one rank or by a
 hundred. So the digest is taken of logical tensors: each is put together from its parts, one at a
@@ -67,7 +69,7 @@ def _section(folder: Folder, promised: Manifest, table: Metadata, names: dict[st
         if inner:
             kind = [inner, str(tensor.dtype), list(tensor.shape)]
             total.update(json.dumps(kind).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return total.hexdigest()
 
 
