@@ -79,10 +79,11 @@ class Corpus:
     def read(self, document: int) -> bytes:
         """The bytes of a document; raises DataError if its file has become shorter since."""
         file, start, end = self._span(document)
-        data = os.pread(self._descriptor(file), end - start, start)
+        descriptor = self._descriptor(file)
+        data = os.pread(descriptor, end - start, start)
         if len(data) < end - start:
             raise DataError(
-                f"{self.files[file]}: ends at byte {start + len(data)}, but reached byte "
+                f"{self.files[file]}: has {os.fstat(descriptor).st_size} bytes, but had "
                 f"{self._sizes[file]} when training started; restore the file"
             )
         return data
@@ -152,13 +153,14 @@ def split_lines(data: Bytes) -> Starts:
     starts = np.concatenate([np.zeros(1, np.int64), *(found + 1 for found in newlines)])
     starts = starts[starts < len(data)]
     first = data[starts]
-    second = data[np.minimum(starts + 1, len(data) - 1)]
+    last = starts + 1 == len(data)
+    second = np.where(last, _NEWLINE, data[np.where(last, starts, starts + 1)])
     return starts[(first != _NEWLINE) & ((first != _RETURN) | (second != _NEWLINE))]
 
 
 def split_text(data: Bytes) -> Starts:
     """Where each piece starts: at 0, and where :func:`_next_piece` says."""
-    view, starts, start = memoryview(data), [], 0
+    view, starts, start = data.data, [], 0
     while start < len(data):
         starts.append(start)
         start = _next_piece(view, start)
@@ -209,7 +211,7 @@ def _index(path: Path, kind: Kind) -> Starts:
     data: Bytes = np.memmap(path, dtype=np.uint8, mode="r")
     digest = hashlib.blake2b(digest_size=16)
     for at in range(0, len(data), BLOCK):
-        digest.update(data[at : at + BLOCK])
+        digest.update(data[at : at + BLOCK].data)
     return np.concatenate([np.frombuffer(digest.digest(), np.int64), kind.split(data)])
 
 

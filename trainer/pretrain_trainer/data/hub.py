@@ -19,6 +19,7 @@ from math import gcd
 from typing import Any, NamedTuple, Protocol
 
 import datasets
+from datasets import config as hub
 
 from pretrain_trainer.data.errors import DataError, DataUnavailableError
 from pretrain_trainer.data.sources import Document
@@ -170,6 +171,6 @@ def _explain(name: str, error: Exception) -> DataError | DataUnavailableError:
     if isinstance(error, (FileNotFoundError, ValueError)):
         return DataError(f"training.dataset_path: {name}: {cause}; name a data set that exists")
     advice = "name a local copy in training.dataset_path"
-    if datasets.config.HF_HUB_OFFLINE:
+    if hub.HF_HUB_OFFLINE:
         return DataError(f"{name}: HF_HUB_OFFLINE forbids to fetch it; {advice}, or unset that")
     return DataUnavailableError(f"{name}: can't be reached now ({cause}); if that lasts, {advice}")

@@ -7,19 +7,14 @@ order is the shuffle of :mod:`.order`; what a hub sends comes in the order it is
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from pretrain_api import names
 from pretrain_api.config import Training
 from pretrain_trainer.data.corpus import JSONL, TEXT, Corpus
 from pretrain_trainer.data.errors import DataError
 from pretrain_trainer.data.order import Order, Place
 
 READ_AHEAD = 64  # documents of a stream whose places are computed at once
-
-# What comes with the project: beside the sources, or in the trainer image.
-SAMPLES = ("tests/assets/text/corpus.jsonl", f"{names.SAMPLE_DIR}/text/corpus.jsonl")
 
 
 class Document(NamedTuple):
@@ -56,18 +51,21 @@ def open_source(training: Training, streams: int) -> Source:
 
     Raises DataError if it is missing or can't be used, DataUnavailableError if it can't be reached.
     """
-    match training.dataset:
-        case "c4":
+    match training.dataset, training.dataset_path:
+        case "c4", path:
             # Hugging Face datasets takes seconds to import, and only this source needs it.
             from pretrain_trainer.data.hub import HubSource
 
-            return HubSource.load(training.dataset_path, streams, training.epochs)
-        case "text":
-            corpus = Corpus(_path(training), TEXT)
-            return LocalSource(corpus, _decode_text, _order(corpus, training, streams))
-        case "jsonl" | "c4_test":
-            corpus = Corpus(_path(training), JSONL)
-            return LocalSource(corpus, _decode_json, _order(corpus, training, streams))
+            return HubSource.load(path, streams, training.epochs)
+        case "text", str(path):
+            return _local(Corpus(path, TEXT), _decode_text, training, streams)
+        case "jsonl", str(path):
+            return _local(Corpus(path, JSONL), _decode_json, training, streams)
+        case other, path:
+            raise DataError(
+                f'training.dataset: "{other}" can\'t be read with dataset_path {path}; '
+                "use c4, or text or jsonl with a path"
+            )
 
 
 class LocalSource:
@@ -132,12 +130,12 @@ def _decode_text(corpus: Corpus, document: int) -> str:
 
 def _decode_json(corpus: Corpus, document: int) -> str:
     try:
-        record = json.loads(corpus.read(document).decode("utf-8").removeprefix("\ufeff"))
+        record = json.loads(corpus.read(document).decode("utf-8").removeprefix("\ufeff").rstrip())
     except UnicodeDecodeError as error:
         raise _not_unicode(corpus, document, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{corpus.line(document)}: not valid JSON ({error}); {_EXPECTED}"
+            f"{corpus.line(document)}: not valid JSON ({_reason(error)}); {_EXPECTED}"
         ) from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -153,6 +151,12 @@ def _decode_json(corpus: Corpus, document: int) -> str:
 
 
 _EXPECTED = 'each line must be an object such as {"text": "..."}'
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error)
 
 
 def _found(record: object) -> str:
@@ -174,17 +178,6 @@ def _not_unicode(corpus: Corpus, document: int, error: UnicodeDecodeError) -> Da
     )
 
 
-def _path(training: Training) -> str:
-    if training.dataset_path:
-        return training.dataset_path
-    samples = [path for path in SAMPLES if Path(path).is_file()]
-    if training.dataset == "c4_test" and samples:
-        return samples[0]
-    raise DataError(
-        f'training.dataset_path: unset, but dataset "{training.dataset}" is read from there; '
-        "name a file or a folder"
-    )
-
-
-def _order(corpus: Corpus, training: Training, streams: int) -> Order:
-    return Order(len(corpus), streams, training.seed or 0, training.epochs)
+def _local(corpus: Corpus, decode: Decode, training: Training, streams: int) -> LocalSource:
+    order = Order(len(corpus), streams, training.seed or 0, training.epochs)
+    return LocalSource(corpus, decode, order)

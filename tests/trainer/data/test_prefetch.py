@@ -1,0 +1,61 @@
+"""Results arrive in order and in bounded number; errors arrive where they belong."""
+
+import threading
+from itertools import count
+
+import pytest
+
+from pretrain_trainer.data.prefetch import Prefetcher
+
+DEADLINE = 20  # seconds
+
+
+def test_results_come_in_order() -> None:
+    numbers = count()
+    prefetcher = Prefetcher(lambda: next(numbers), depth=3)
+    assert [prefetcher.get() for _ in range(50)] == list(range(50))
+    prefetcher.close()
+
+
+def test_no_more_than_depth_results_are_kept_ready() -> None:
+    numbers = count()
+    made = threading.Semaphore(0)
+
+    def produce() -> int:
+        number = next(numbers)
+        made.release()
+        return number
+
+    prefetcher = Prefetcher(produce, depth=2)
+    assert all(made.acquire(timeout=DEADLINE) for _ in range(2))
+    assert not made.acquire(timeout=0.2)
+    prefetcher.get()
+    assert made.acquire(timeout=DEADLINE)
+    prefetcher.close()
+
+
+def test_an_error_is_raised_after_the_results_before_it_and_then_always() -> None:
+    results = iter([1, 2])
+
+    def produce() -> int:
+        try:
+            return next(results)
+        except StopIteration:
+            raise ValueError("broken") from None
+
+    prefetcher = Prefetcher(produce, depth=5)
+    assert [prefetcher.get(), prefetcher.get()] == [1, 2]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="broken"):
+            prefetcher.get()
+    prefetcher.close()
+
+
+def test_closing_ends_the_thread_though_results_are_waiting() -> None:
+    before = threading.active_count()
+    prefetcher = Prefetcher(lambda: 1, depth=1)
+    prefetcher.get()
+    prefetcher.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        prefetcher.get()
