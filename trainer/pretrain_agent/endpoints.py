@@ -7,9 +7,9 @@ connection has a deadline, because anybody who reaches the pod can open one.
 import socket
 import threading
 import time
-from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol, cast
 
 from pretrain_agent import metrics
 from pretrain_api.wire import WorkerStatus
@@ -20,38 +20,41 @@ CONNECTION_SECONDS = 10.0  # for the whole of it
 STALL_SECONDS = 10.0  # without a turn of the supervisor's loop: not healthy
 
 
+class Worker(Protocol):
+    """What the endpoints tell about; read from several threads."""
+
+    turn: float  # when the supervisor's loop last turned, on the monotonic clock
+    restart_seconds: float | None  # of the last restart in place
+
+    def status(self) -> WorkerStatus:
+        """The status document of this moment."""
+        ...
+
+
 class Endpoints(ThreadingHTTPServer):
-    """Serves ``status`` on a listening socket; ``turn`` tells when the supervisor last looked."""
+    """Serves a worker's status on a listening socket."""
 
     daemon_threads = True
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        status: Callable[[], WorkerStatus],
-        turn: Callable[[], float],
-    ) -> None:
+    def __init__(self, sock: socket.socket, worker: Worker) -> None:
         super().__init__(sock.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
-        self.status = status
-        self.turn = turn
+        self.worker = worker
         self._free = threading.BoundedSemaphore(CONNECTIONS)
 
     def start(self) -> None:
         """Serve in the background."""
         threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
 
-    def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Hand the connection to a thread, or drop it when too many are open."""
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
-    def process_request_thread(
-        self, request: socket.socket, client_address: tuple[str, int]
-    ) -> None:
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Runs in the connection's thread."""
         deadline = threading.Timer(CONNECTION_SECONDS, self.shutdown_request, (request,))
         deadline.start()
@@ -61,31 +64,33 @@ class Endpoints(ThreadingHTTPServer):
             deadline.cancel()
             self._free.release()
 
-    def handle_error(self, request: socket.socket, client_address: tuple[str, int]) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away or is too slow is no news."""
 
     def healthy(self) -> bool:
         """Whether the supervisor's loop turns."""
-        return time.monotonic() - self.turn() < STALL_SECONDS
+        return time.monotonic() - self.worker.turn < STALL_SECONDS
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers GET; everything else gets the base class's 501."""
 
-    server: Endpoints
     timeout = READ_SECONDS
     server_version = "pretrain"
     sys_version = ""
 
     def do_GET(self) -> None:
         """Route by path."""
+        server = cast(Endpoints, self.server)
+        worker = server.worker
         match self.path.partition("?")[0]:
             case "/status":
-                self._answer(self.server.status().to_json().encode(), "application/json")
+                self._answer(worker.status().to_json().encode(), "application/json")
             case "/metrics":
-                self._answer(metrics.render(self.server.status), "text/plain; version=0.0.4")
+                body = metrics.render(worker.status(), worker.restart_seconds)
+                self._answer(body, "text/plain; version=0.0.4; charset=utf-8")
             case "/healthz":
-                healthy = self.server.healthy()
+                healthy = server.healthy()
                 status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
                 self._answer(b"ok\n" if healthy else b"stalled\n", "text/plain", status)
             case _:
@@ -98,5 +103,5 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base's name
         """Requests are not logged: the operator makes one every few seconds."""

@@ -25,32 +25,40 @@ def blame(
     """
     failures: list[Failure] = []
     for local_rank in sorted({*exits, *words}):
-        code = exits.get(local_rank)
+        code, tail = exits.get(local_rank), tails.get(local_rank, "")
         if local_rank in words:
-            failure = words[local_rank]
-            if failure.exit_code is None and code is not None:
-                failure = failure.model_copy(update={"exit_code": shell_code(code)})
-        elif code == ExitCode.PREEMPTED:
+            failure = _from_words(words[local_rank], code, tail)
+        elif code is None or code == ExitCode.PREEMPTED:
             continue  # it saved and left on request
         else:
-            failure = _from_exit(code or 0, tails.get(local_rank, ""), out_of_memory)
+            failure = _from_exit(code, tail, out_of_memory)
         failures.append(failure.model_copy(update={"rank": first_rank + local_rank}))
     return root_cause(failures)
 
 
+def _from_words(words: Failure, code: int | None, tail: str) -> Failure:
+    """What the rank said itself, completed by what was seen of it."""
+    exit_code = shell_code(code or 1) if words.exit_code is None else words.exit_code
+    return words.model_copy(update={"exit_code": exit_code, "message": words.message or tail})
+
+
 def _from_exit(code: int, tail: str, out_of_memory: bool) -> Failure:
-    if code < 0:
-        name = signal_name(-code)
-        reason = "OOMKilled" if out_of_memory and name == "SIGKILL" else "RankFailed"
-        message = tail or f"killed by {name}"
-        return Failure(exit_code=shell_code(code), signal=name, reason=reason, message=message)
-    if code == FORK_SERVER_DIED and not tail:
-        return Failure(exit_code=code, reason="Launcher", message="the fork server died")
-    if code == 0:
+    """A rank that ended without last words: killed, or ended by something below Python."""
+    reason, message = "RankFailed", f"left with exit code {code} and no word"
+    if code == FORK_SERVER_DIED:
+        reason, message = "Launcher", "the fork server died"
+    elif code == 0:
         message = "left with exit code 0 before the training was done"
-        return Failure(exit_code=1, message=message)
-    reason = "Config" if code == ExitCode.CONFIG else "RankFailed"
-    return Failure(exit_code=code, reason=reason, message=tail or f"left with exit code {code}")
+    elif code < 0:
+        message = f"killed by {signal_name(-code)}"
+        if out_of_memory and -code == signal.SIGKILL:
+            reason, message = "OOMKilled", "killed by the kernel: out of memory"
+    return Failure(
+        exit_code=shell_code(code) or 1,
+        signal=signal_name(-code) if code < 0 else None,
+        reason=reason,
+        message=f"{tail}\n{message}".lstrip(),
+    )
 
 
 def shell_code(code: int) -> int:

@@ -4,7 +4,7 @@ Which job and pod a sample belongs to is said by the scrape's own target labels.
 after a restart the count goes back to that of the checkpoint, which a counter must not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -47,14 +47,18 @@ def samples(status: WorkerStatus) -> Iterator[Sample]:
 
 
 class StatusCollector:
-    """Collector for a prometheus-client registry over a function that tells the status."""
+    """What a prometheus-client registry collects from one status."""
 
-    def __init__(self, status: Callable[[], WorkerStatus]) -> None:
+    def __init__(self, status: WorkerStatus, restart_seconds: float | None) -> None:
         self._status = status
+        self._restart_seconds = restart_seconds
 
     def collect(self) -> Iterator[Metric]:
         """All metric families, called by the registry."""
-        status = self._status()
+        status = self._status
+        if self._restart_seconds is not None:
+            text = "From the report of a failure until all ranks ran again, the last time."
+            yield GaugeMetricFamily("pretrain_restart_seconds", text, self._restart_seconds)
         for name, text, value in samples(status):
             if value is not None:
                 yield GaugeMetricFamily(f"pretrain_{name}", text, value=float(value))
@@ -65,8 +69,8 @@ class StatusCollector:
         )
 
 
-def render(status: Callable[[], WorkerStatus]) -> bytes:
+def render(status: WorkerStatus, restart_seconds: float | None) -> bytes:
     """The metrics in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(StatusCollector(status))
+    registry.register(StatusCollector(status, restart_seconds))
     return generate_latest(registry)

@@ -6,6 +6,7 @@ sockets to close; a rank that returns must have left the completion marker.
 """
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from pretrain_agent.logs import pipe_path
 from pretrain_agent.meeting import PEER_LOST
 from pretrain_agent.process import die_with_parent
 from pretrain_api import names
-from pretrain_api.wire import Failure, Phase
+from pretrain_api.wire import ExitCode, Failure, Phase
 
 CUDA_INITIALIZED = 3  # exit code of the probe
 FAILED = 1
@@ -54,7 +55,8 @@ def run(entry_point: str, config: str, environment: Mapping[str, str]) -> None:
         load_entry_point(entry_point)(config)
     except SystemExit as leave:
         if leave.code not in (None, 0):
-            raise  # the trainer chose its exit code
+            _note_exit(board, local_rank, leave.code)
+            raise
     except BaseException as error:  # torch's CheckpointException, for one, is no Exception
         _fail(board, local_rank, error)
     if board.read(local_rank).phase is not Phase.DONE:
@@ -65,26 +67,38 @@ def run(entry_point: str, config: str, environment: Mapping[str, str]) -> None:
 def _redirect(pipe: Path) -> None:
     """Send standard output and error, of C++ code as well, into this rank's pipe."""
     descriptor = os.open(pipe, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         stream.flush()
-        os.dup2(descriptor, stream.fileno())
-        if hasattr(stream, "reconfigure"):
+        os.dup2(descriptor, number)
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
     os.close(descriptor)
 
 
+def _note_exit(board: Board, local_rank: int, code: str | int) -> None:
+    """Note that the trainer chose this exit code; its reason is what it printed last."""
+    if code == ExitCode.PREEMPTED:
+        return
+    message = code if isinstance(code, str) else ""
+    number = FAILED if isinstance(code, str) else code & 0xFF
+    reason = "Config" if number == ExitCode.CONFIG else "RankFailed"
+    _put_words(board, local_rank, Failure(exit_code=number, reason=reason, message=message))
+
+
+def _put_words(board: Board, local_rank: int, failure: Failure) -> None:
+    if local_rank not in board.failures():  # what the trainer itself has left is better
+        board.put_failure(local_rank, failure)
+
+
 def _fail(board: Board, local_rank: int, error: BaseException) -> None:
     """Leave last words and go, without waiting for threads that wait for lost peers."""
-    rank = int(os.environ["RANK"])
-    print(f"rank {rank} failed:", file=sys.stderr)
+    print(f"rank {os.environ['RANK']} failed:", file=sys.stderr)
     traceback.print_exception(error)
     sys.stderr.flush()
     sys.stdout.flush()
-    if local_rank not in board.failures():  # the trainer's own words are better
-        message = "".join(traceback.format_exception_only(error)).strip()
-        reason = PEER_LOST if _is_echo(error) else "RankFailed"
-        failure = Failure(rank=rank, exit_code=FAILED, reason=reason, message=message)
-        board.put_failure(local_rank, failure)
+    message = "".join(traceback.format_exception_only(error)).strip()
+    reason = PEER_LOST if _is_echo(error) else "RankFailed"
+    _put_words(board, local_rank, Failure(exit_code=FAILED, reason=reason, message=message))
     os._exit(FAILED)
 
 

@@ -12,7 +12,7 @@ import threading
 from datetime import timedelta
 from typing import NoReturn
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -137,10 +137,10 @@ class Rendezvous(RendezvousHandler):
     def _open(self, number: int) -> int:
         """Serve a fresh store for the ranks of round ``number``, once; returns its port."""
         if self._store is None or self._store_round != number:
-            self._store = TCPStore(
+            store = TCPStore(
                 "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT
             )
-            self._store_round = number
+            self._store, self._store_round = store, number
         return self._store.port
 
     def num_nodes_waiting(self) -> int:

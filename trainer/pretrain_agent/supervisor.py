@@ -92,8 +92,9 @@ class Supervisor:
         self._launcher_writer: asyncio.StreamWriter | None = None
         self._oom_kills = cgroup.oom_kills()
         self._deadline: float | None = None  # of the drain, on the monotonic clock
-        self._turn = time.monotonic()
-        self._stopped_at: float | None = None  # since when ranks are down, for the log
+        self.turn = time.monotonic()
+        self.restart_seconds: float | None = None
+        self._stopped_at: float | None = None  # when the failure was reported, until all run again
         self._outcome: asyncio.Future[Outcome] | None = None
 
     # -- life ---------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class Supervisor:
         self._meeting_port = meeting.getsockname()[1]
         await self.server.start(meeting)
         http = listen(self.settings.host, self.settings.http_port)
-        endpoints = Endpoints(http, self.status, lambda: self._turn)
+        endpoints = Endpoints(http, self)
         endpoints.start()
         log.info(
             "serving /status, /metrics and /healthz on port %d, the meeting on port %d",
@@ -228,7 +229,7 @@ class Supervisor:
     async def _watch(self) -> None:
         """Look at the assignment and at the clock, again and again."""
         while True:
-            self._turn = time.monotonic()
+            self.turn = time.monotonic()
             if (assignment := self.file.poll()) is not None:
                 before = self.member.assignment
                 sayings = self.member.assign(assignment)
@@ -236,10 +237,20 @@ class Supervisor:
                     self._enter_generation(assignment)
                 self._say(sayings)
                 self._obey(assignment.orders)
-            if self._deadline is not None and self._turn > self._deadline:
+            self._time_restart()
+            if self._deadline is not None and self.turn > self._deadline:
                 text = "the grace period ended before the checkpoint was saved"
                 self._end(termination.preempted(Failure(reason="RankFailed", message=text)))
             await asyncio.sleep(POLL_SECONDS)
+
+    def _time_restart(self) -> None:
+        """Note how long a restart in place took, once every rank runs again."""
+        beats = self.board.beats()
+        if self._stopped_at is None or any(beat.phase is Phase.WAITING for beat in beats):
+            return
+        self.restart_seconds = max(beat.at for beat in beats) - self._stopped_at
+        self._stopped_at = None
+        log.info("all ranks run again after %.2f s", self.restart_seconds)
 
     def _enter_generation(self, assignment: Assignment) -> None:
         """Host or find the meeting of the new generation."""
@@ -323,12 +334,6 @@ class Supervisor:
     def _begin_round(self, start: Start) -> None:
         if start.round > 0:
             self.restarts += 1
-        if self._stopped_at is not None:
-            log.info(
-                "round %d starts %.2f s after the ranks had stopped",
-                start.round,
-                time.monotonic() - self._stopped_at,
-            )
         self.pump.begin_round(start.rank * self.settings.processes)
         self._tell_launcher(start)
 
@@ -366,7 +371,8 @@ class Supervisor:
             self._end(termination.preempted(failure) if failure is None else _unsaved(failure))
             return
         self.board.clear()
-        self._stopped_at = time.monotonic() if stopped.exits else None
+        if stopped.exits:
+            self._stopped_at = time.monotonic()
         self._say(self.member.stopped(step, failure, left))
 
     def _blame(self, exits: dict[int, int]) -> Failure | None:

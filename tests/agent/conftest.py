@@ -1,0 +1,245 @@
+"""Real supervisors with toy ranks on the loopback: start, assign, watch and end them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from pretrain_agent import process, settings
+from pretrain_api import names
+from pretrain_api.wire import Assignment, TerminationMessage, WorkerStatus
+
+DEADLINE = 150.0  # a cold start takes 6 seconds alone and many times that on a busy machine
+POLL = 0.02
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], what: str, deadline: float = DEADLINE) -> T:
+    """Poll until ``condition`` is true, and return what it returned."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {deadline} s for {what}"
+        time.sleep(POLL)
+    return value
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Environment in which child processes find our packages and the toy, with one thread each."""
+    folders = [REPOSITORY / "api", REPOSITORY / "trainer", HERE]
+    path = os.pathsep.join(map(str, folders))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
+
+
+@dataclass
+class Worker:
+    """One supervisor process and the files around it."""
+
+    name: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+    http_port: int
+    meeting_port: int
+    known: set[int] = field(default_factory=set)  # pids of everything ever seen below it
+
+    def status(self) -> WorkerStatus | None:
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.http_port}/status", timeout=5
+            ) as answer:
+                return WorkerStatus.model_validate_json(answer.read())
+        except (urllib.error.URLError, OSError):
+            return None
+
+    def tree(self) -> list[process.Process]:
+        found = process.descendants(self.process.pid)
+        self.known.update(member.pid for member in found)
+        return found
+
+    def launcher(self) -> int:
+        """Pid of the launcher, this process's only child."""
+        (pid,) = [m.pid for m in self.tree() if m.parent == self.process.pid]
+        return pid
+
+    def fork_server(self, rank_pid: int) -> int:
+        """Pid of the process that forked a rank."""
+        (pid,) = [m.parent for m in self.tree() if m.pid == rank_pid]
+        return pid
+
+    def warm(self) -> "Worker":
+        """Wait until the launcher is ready to start ranks."""
+        until(lambda: "the launcher is warm" in self.log(), f"{self.name} to be warm\n{self.log()}")
+        return self
+
+    def wait(self) -> tuple[int, TerminationMessage]:
+        """Exit code and termination message, once it has ended."""
+        code = self.process.wait(DEADLINE)
+        text = (self.folder / "termination").read_bytes()
+        assert len(text) <= 4096
+        return code, TerminationMessage.model_validate_json(text)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def leftovers(self) -> set[int]:
+        """Pids once seen below this worker that are still alive."""
+        return {pid for pid in self.known if alive(pid)}
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+class World:
+    """Workers of one job that share a toy state folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.state.mkdir()
+        self.workers: dict[str, Worker] = {}
+        self.configure(steps=10)
+
+    def configure(self, **config: Any) -> None:
+        """Write the toy's config; see toy_trainer."""
+        (self.folder / "run.json").write_text(json.dumps({"state": str(self.state), **config}))
+
+    def start(self, name: str, processes: int = 1, grace: float = 30.0, **extra: str) -> Worker:
+        """Start a supervisor; it warms up and waits for an assignment."""
+        folder = self.folder / name
+        folder.mkdir()
+        http_port, meeting_port = free_port(), free_port()
+        own = {
+            names.ENV_CONFIG: str(self.folder / "run.json"),
+            names.ENV_ASSIGNMENT: str(folder / "assignment"),
+            names.ENV_PROCESSES: str(processes),
+            names.ENV_HTTP_PORT: str(http_port),
+            names.ENV_MEETING_PORT: str(meeting_port),
+            names.ENV_TERMINATION_LOG: str(folder / "termination"),
+            names.ENV_GRACE_SECONDS: str(grace),
+            names.ENV_HOST: "127.0.0.1",
+            settings.ENV_ENTRY_POINT: "toy_trainer:main",
+            **extra,
+        }
+        with (folder / "log").open("wb") as log:
+            started = subprocess.Popen(
+                [sys.executable, "-m", "pretrain_agent"],
+                env=environment(**own),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        worker = Worker(name, folder, started, http_port, meeting_port)
+        self.workers[name] = worker
+        return worker
+
+    def assign(
+        self, generation: int, *members: str, parked: tuple[str, ...] = (), **extra: Any
+    ) -> None:
+        """Give the members ranks in this order, the first being the leader."""
+        leader = f"127.0.0.1:{self.workers[members[0]].meeting_port}"
+        size, nonce = len(members), f"secret {generation}"
+        for name in (*members, *parked):
+            rank = members.index(name) if name in members else None
+            self.write(
+                name,
+                Assignment(
+                    generation=generation, rank=rank, size=size, leader=leader, nonce=nonce, **extra
+                ).to_json(),
+            )
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a worker's assignment file at once, as the kubelet does."""
+        path = self.workers[name].folder / "assignment"
+        partial = path.with_suffix(".partial")
+        partial.write_text(text)
+        partial.rename(path)
+
+    def starts(self, generation: int, number: int) -> list[dict[str, Any]]:
+        """What ranks noted at their start in one round."""
+        try:
+            lines = (self.state / "starts").read_text().splitlines()
+        except OSError:
+            return []
+        notes = [json.loads(line) for line in lines]
+        return [n for n in notes if (n["generation"], n["round"]) == (generation, number)]
+
+    def step(self) -> int:
+        """Steps done by the toy, all together."""
+        try:
+            return int((self.state / "step").read_text())
+        except OSError:
+            return 0
+
+    def running(self, generation: int, number: int, ranks: int) -> list[dict[str, Any]]:
+        """Wait until all ranks of a round have started and trained a step; returns their notes."""
+        notes = until(
+            lambda: len(found := self.starts(generation, number)) >= ranks and found,
+            f"{ranks} ranks in round {number} of generation {generation}\n{self.logs()}",
+        )
+        before = self.step()
+        until(lambda: self.step() > before, f"a step in round {number}\n{self.logs()}")
+        for worker in self.workers.values():
+            worker.tree()
+        return sorted(notes, key=lambda note: note["rank"])
+
+    until = staticmethod(until)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {name}\n{worker.log()}" for name, worker in self.workers.items())
+
+    def close(self) -> None:
+        """End everything, and complain about what outlived its supervisor."""
+        for worker in self.workers.values():
+            worker.tree()
+            if worker.process.poll() is None:
+                worker.process.send_signal(signal.SIGKILL)
+                worker.process.wait()
+        try:
+            until(
+                lambda: not any(worker.leftovers() for worker in self.workers.values()),
+                "the processes below dead supervisors to die",
+                10,
+            )
+        finally:
+            for worker in self.workers.values():
+                for pid in worker.leftovers():
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    created = World(tmp_path)
+    try:
+        yield created
+    finally:
+        created.close()
