@@ -1,0 +1,129 @@
+"""``python -m pretrain_operator``: the whole operator in one process.
+
+Settings come from the environment (:mod:`settings`). Exits 0 on SIGTERM or SIGINT, 78 if a setting
+is wrong, 1 if the cluster can't be reached; in every case the cluster may start it again.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from pretrain_api.wire import ExitCode
+from pretrain_operator import handlers
+from pretrain_operator.cluster import ClusterError, ConflictError, HttpCluster
+from pretrain_operator.logs import configure_logging
+from pretrain_operator.metrics import Metrics
+from pretrain_operator.queue import WorkQueue
+from pretrain_operator.reconcile import Key, Reconciler
+from pretrain_operator.settings import Settings, SettingsError, load
+from pretrain_operator.workers import HttpWorkers
+
+log = logging.getLogger(__name__)
+
+STUCK_SECONDS = 300.0
+CRD_RETRY_SECONDS = 2.0
+
+
+class QueueNudge(handlers.Nudge):
+    """Handlers' news become keys in the queue."""
+
+    def __init__(self, queue: WorkQueue[Key], metrics: Metrics) -> None:
+        self._queue = queue
+        self._metrics = metrics
+
+    def changed(self, key: Key) -> None:
+        self._queue.add(key)
+
+    def deleted(self, key: Key) -> None:
+        self._queue.forget(key)
+        self._metrics.forget(*key)
+
+
+async def operate(settings: Settings) -> None:
+    """Run until a signal comes. Raises ClusterError if there is no way to reach a cluster."""
+    metrics = Metrics()
+    cache = handlers.PodCache()
+    cluster = await HttpCluster.connect()
+    try:
+        async with HttpWorkers() as workers:
+            reconciler = Reconciler(cluster, workers, cache, settings, metrics)
+            queue = WorkQueue(
+                reconciler.reconcile,
+                workers=settings.reconcilers,
+                metrics=metrics,
+                quiet=(ConflictError,),
+            )
+            sites = await serve(settings, metrics, queue)
+            await wait_for_crd(cluster)
+            rounds = asyncio.create_task(queue.run(), name="work queue")
+            registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
+            try:
+                await handlers.run(registry, settings.namespaces)
+            finally:
+                rounds.cancel()
+                await asyncio.gather(rounds, return_exceptions=True)
+                await asyncio.gather(*(site.cleanup() for site in sites))
+    finally:
+        await cluster.close()
+
+
+async def wait_for_crd(cluster: HttpCluster) -> None:
+    """Return once the API server serves PretrainJobs: kopf looks for them only at its start."""
+    said = False
+    while not await cluster.serves_jobs():
+        if not said:
+            log.info("waiting for the CustomResourceDefinition of PretrainJob")
+        said = True
+        await asyncio.sleep(CRD_RETRY_SECONDS)
+
+
+async def serve(settings: Settings, metrics: Metrics, queue: WorkQueue[Key]) -> list[web.AppRunner]:
+    """Start /metrics and /healthz on their ports; the returned runners are to be cleaned up."""
+
+    async def show_metrics(_: web.Request) -> web.Response:
+        text = generate_latest(metrics.registry)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def show_health(_: web.Request) -> web.Response:
+        stuck = queue.longest_round > STUCK_SECONDS
+        text = f"a round has taken {queue.longest_round:.0f} s\n" if stuck else "ok\n"
+        return web.Response(text=text, status=503 if stuck else 200)
+
+    runners: list[web.AppRunner] = []
+    pages = (
+        (settings.metrics_port, "/metrics", show_metrics),
+        (settings.health_port, "/healthz", show_health),
+    )
+    for port, path, page in pages:
+        if port:
+            app = web.Application()
+            app.router.add_get(path, page)
+            runner = web.AppRunner(app, access_log=None)
+            await runner.setup()
+            await web.TCPSite(runner, port=port).start()
+            runners.append(runner)
+    return runners
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    try:
+        settings = load(os.environ)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return ExitCode.CONFIG
+    configure_logging(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(operate(settings))
+    except ClusterError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

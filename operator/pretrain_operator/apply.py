@@ -1,0 +1,185 @@
+"""Carry out a plan: the thin part that writes.
+
+Order matters and is the same always. A plan that is written ahead writes the status, under the
+resourceVersion that was read, and nothing else. Any other acts first and writes the status last, so
+that the status never claims what has not happened. Every action may be done twice: names are
+deterministic, and deletions and patches name the UID they mean.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from itertools import groupby
+
+from pretrain_api import names
+from pretrain_api.status import JobStatus
+from pretrain_operator.actions import Action, Create, Delete, Notice, Patch, Plan
+from pretrain_operator.cluster import (
+    Body,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    Kind,
+    NotFoundError,
+    RefusedError,
+)
+from pretrain_operator.merge import merge_patch
+from pretrain_operator.metrics import Metrics
+from pretrain_operator.observe import Observation, belongs
+from pretrain_operator.plan import CONTROLLER, RECHECK_SECONDS
+from pretrain_operator.status import mark, view
+
+log = logging.getLogger(__name__)
+
+NOTE_LIMIT = 1024  # characters of an Event's text that the API takes
+
+
+async def apply(
+    cluster: Cluster, seen: Observation, body: Body, plan: Plan, metrics: Metrics
+) -> float | None:
+    """Carry out ``plan`` for the job ``body`` as it was read. Returns seconds until the next look.
+
+    Raises ClusterError, ConflictError among them, if another attempt is due.
+    """
+    executor = _Executor(cluster, seen, body, metrics)
+    status, events, wake = plan.status, plan.events, plan.wake_after
+    try:
+        await executor.act(plan.actions)
+    except RefusedError as refusal:
+        status, refused = _refused(seen, status or seen.status, refusal)
+        events, wake = (*events, *refused), RECHECK_SECONDS
+    if plan.write_ahead:
+        await executor.write(status)
+        await executor.tell(events)
+    else:
+        await executor.tell(events)
+        await executor.write(status)
+    return wake
+
+
+def _refused(
+    seen: Observation, status: JobStatus, refusal: RefusedError
+) -> tuple[JobStatus, tuple[Notice, ...]]:
+    """Quota, policy or missing rights: for people to see, and to try again now and then."""
+    said = next((c.message for c in seen.status.conditions if c.type == names.RUNNING), "")
+    status = mark(seen, status, names.RUNNING, False, "WorkersRefused", str(refusal))
+    news = () if said == str(refusal) else (Notice("WorkersRefused", str(refusal), warning=True),)
+    return view(seen, status), news
+
+
+class _Executor:
+    def __init__(self, cluster: Cluster, seen: Observation, body: Body, metrics: Metrics) -> None:
+        self._cluster = cluster
+        self._seen = seen
+        self._body = body
+        self._metrics = metrics
+
+    async def act(self, actions: Iterable[Action]) -> None:
+        """Actions of one kind at once, kinds one after another: a pod needs its ConfigMap."""
+        for _, group in groupby(actions, key=lambda action: (type(action), action_kind(action))):
+            results = await asyncio.gather(
+                *(self._perform(action) for action in group), return_exceptions=True
+            )
+            failures = [result for result in results if isinstance(result, BaseException)]
+            if failures:
+                # One refusal must not hide a lost connection: the others are worth a retry now.
+                raise min(failures, key=lambda error: isinstance(error, RefusedError))
+
+    async def _perform(self, action: Action) -> None:
+        namespace = self._seen.namespace
+        match action:
+            case Create(kind, body, _):
+                await self._create(kind, body)
+            case Patch(kind, name, patch, _):
+                await self._cluster.patch(kind, namespace, name, patch)
+                self._metrics.writes.labels(kind.plural, "patch").inc()
+            case Delete(kind, name, uid, _):
+                await self._delete(kind, name, uid)
+        log.info("%s: %s", self._where(), describe(action))
+
+    async def _create(self, kind: Kind, body: Body) -> None:
+        name = body["metadata"]["name"]
+        try:
+            await self._cluster.create(kind, self._seen.namespace, body)
+            self._metrics.writes.labels(kind.plural, "create").inc()
+        except ConflictError:
+            # Ours already, and the cache is behind? Or somebody else's, then wait until it goes.
+            there = await self._cluster.get(kind, self._seen.namespace, name)
+            if not belongs(there, self._seen.uid):
+                message = f"{kind.plural} {name} exists and doesn't belong to this job"
+                raise RefusedError(f"{message}; delete it or rename the job") from None
+
+    async def _delete(self, kind: Kind, name: str, uid: str) -> None:
+        try:
+            await self._cluster.delete(kind, self._seen.namespace, name, uid)
+            self._metrics.writes.labels(kind.plural, "delete").inc()
+        except (NotFoundError, ConflictError):
+            pass  # gone, or another object of that name: either way not there any more
+
+    async def write(self, status: JobStatus | None) -> None:
+        """Write what differs, on the condition that nobody wrote since."""
+        if status is None or status == self._seen.status:
+            return
+        meta = self._body["metadata"]
+        difference = merge_patch(self._body.get("status") or {}, status.to_dict())
+        patch = {
+            "metadata": {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]},
+            "status": difference,
+        }
+        await self._cluster.patch_status(Kind.JOB, self._seen.namespace, self._seen.name, patch)
+        self._metrics.writes.labels(Kind.JOB.plural, "patch").inc()
+        self._metrics.count_restarts(self._seen.status, status)
+
+    async def tell(self, events: Iterable[Notice]) -> None:
+        """Post Events. They are for people: one that can't be posted stops nothing."""
+        for notice in events:
+            try:
+                body = build_event(self._body, notice)
+                await self._cluster.create(Kind.EVENT, self._seen.namespace, body)
+            except ClusterError as error:
+                log.warning("%s: event %s not posted: %s", self._where(), notice.reason, error)
+
+    def _where(self) -> str:
+        return f"{self._seen.namespace}/{self._seen.name}"
+
+
+def action_kind(action: Action) -> Kind:
+    """The kind of object an action is about."""
+    return action.kind
+
+
+def describe(action: Action) -> str:
+    """One line for the log."""
+    match action:
+        case Create(kind, body, reason):
+            return f"create {kind.plural}/{body['metadata']['name']} ({reason})"
+        case Patch(kind, name, _, reason):
+            return f"patch {kind.plural}/{name} ({reason})"
+        case Delete(kind, name, _, reason):
+            return f"delete {kind.plural}/{name} ({reason})"
+
+
+def build_event(job: Body, notice: Notice) -> Body:
+    """An Event about the job, as ``kubectl describe`` shows it."""
+    meta = job["metadata"]
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"generateName": f"{meta['name']}-", "namespace": meta["namespace"]},
+        "eventTime": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "reportingController": CONTROLLER,
+        "reportingInstance": names.MANAGED_BY,
+        "action": notice.reason,
+        "reason": notice.reason,
+        "note": notice.message[:NOTE_LIMIT],
+        "type": "Warning" if notice.warning else "Normal",
+        "regarding": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": meta["name"],
+            "namespace": meta["namespace"],
+            "uid": meta["uid"],
+            "resourceVersion": meta["resourceVersion"],
+        },
+    }

@@ -1,0 +1,93 @@
+"""The objects that make a decision so: what to create, whom to tell, what to clear away.
+
+Everything is derived from the status as it was read back, never from a decision of the same round.
+"""
+
+from pretrain_api import names
+from pretrain_api.job import PretrainJob
+from pretrain_api.status import Member
+from pretrain_api.wire import Assignment
+from pretrain_operator.actions import Action, Create, Delete, Patch
+from pretrain_operator.cluster import Kind
+from pretrain_operator.observe import Observation, Pod
+from pretrain_operator.policies import cleanup
+from pretrain_operator.resources import build_claim, build_config, build_pod, build_policy
+from pretrain_operator.resources.volumes import retention_patch
+
+
+def prepare(seen: Observation, job: PretrainJob) -> list[Action]:
+    """ConfigMap, network policy and claim."""
+    around = seen.surroundings
+    if around is None:
+        return []
+    actions: list[Action] = []
+    if around.config_uid is None:
+        actions.append(Create(Kind.CONFIG_MAP, build_config(job), "ConfigMissing"))
+    if around.policy_uid is None:
+        policy = build_policy(job, seen.worker_peers)
+        actions.append(Create(Kind.NETWORK_POLICY, policy, "PolicyMissing"))
+    template = job.spec.volumes.checkpoint and job.spec.volumes.checkpoint.claim_template
+    if template and around.claim is None:
+        actions.append(Create(Kind.CLAIM, build_claim(job), "ClaimMissing"))
+    elif template and around.claim and around.claim.owned != _wants_owner(job):
+        patch = retention_patch(job)
+        actions.append(Patch(Kind.CLAIM, around.claim.name, patch, "RetentionChanged"))
+    return actions
+
+
+def _wants_owner(job: PretrainJob) -> bool:
+    checkpoint = job.spec.volumes.checkpoint
+    return checkpoint is not None and checkpoint.retention == "Delete"
+
+
+def create_pods(seen: Observation, job: PretrainJob) -> list[Action]:
+    assignment = seen.status.assignment
+    if assignment and assignment.not_before and seen.now < assignment.not_before:
+        return []
+    return [
+        Create(
+            Kind.POD,
+            build_pod(job, member.index, member.created_in, seen.image),
+            "MemberMissing",
+        )
+        for member in seen.members
+        if seen.pod_of(member) is None
+    ]
+
+
+def announce(seen: Observation) -> list[Action]:
+    """Tell every member its place; the kubelet turns the annotation into a file in the pod."""
+    actions: list[Action] = []
+    for member in seen.members:
+        pod, word = seen.pod_of(member), assignment_for(seen, member)
+        if pod is None or pod.over or word is None or pod.assignment == word:
+            continue
+        annotations = {names.ANNOTATION_ASSIGNMENT: word}
+        patch = {"metadata": {"uid": pod.uid, "annotations": annotations}}
+        actions.append(Patch(Kind.POD, pod.name, patch, "Assigned"))
+    return actions
+
+
+def assignment_for(seen: Observation, member: Member) -> str | None:
+    """The annotation of one member, or None while the generation has no leader yet."""
+    assignment = seen.status.assignment
+    if assignment is None or assignment.leader is None:
+        return None
+    return Assignment(
+        generation=assignment.generation,
+        rank=member.index,
+        size=len(assignment.workers),
+        leader=assignment.leader,
+        nonce=assignment.nonce,
+    ).to_json()
+
+
+def tidy(seen: Observation, reason: str) -> tuple[Action, ...]:
+    return (
+        *(delete_pod(pod, reason) for pod in cleanup.strays(seen)),
+        *(delete_pod(pod, "Superseded") for pod in cleanup.exhibits_to_drop(seen)),
+    )
+
+
+def delete_pod(pod: Pod, reason: str) -> Delete:
+    return Delete(Kind.POD, pod.name, pod.uid, reason)

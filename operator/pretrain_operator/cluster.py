@@ -1,0 +1,210 @@
+"""The only place that talks to the API server.
+
+Everything else sees :class:`Cluster`: seven verbs over plain dictionaries. The official client is
+used for what is hard to get right (kubeconfig, rotating service-account tokens, TLS); paths and
+bodies are ours, because its typed models cost 80 MiB and refuse what a newer server may send.
+Every call has a time limit, and every error is one of four kinds a caller can act on.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, Self
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config import load_kube_config
+from kubernetes.aio.config.config_exception import ConfigException
+from kubernetes.aio.config.incluster_config import load_incluster_config
+
+from pretrain_api import names
+
+Body = dict[str, Any]
+
+CONNECT_SECONDS = 5.0
+REQUEST_SECONDS = 30.0
+
+
+class Kind(Enum):
+    """Kinds of objects the operator touches: path prefix and plural name."""
+
+    JOB = (f"/apis/{names.API_VERSION}", names.PLURAL)
+    POD = ("/api/v1", "pods")
+    CONFIG_MAP = ("/api/v1", "configmaps")
+    CLAIM = ("/api/v1", "persistentvolumeclaims")
+    NODE = ("/api/v1", "nodes")
+    NETWORK_POLICY = ("/apis/networking.k8s.io/v1", "networkpolicies")
+    EVENT = ("/apis/events.k8s.io/v1", "events")
+
+    @property
+    def plural(self) -> str:
+        """Name in paths, RBAC rules and log lines."""
+        return self.value[1]
+
+
+class ClusterError(Exception):
+    """The API server said no, or nothing. Worth another attempt later."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class NotFoundError(ClusterError):
+    """There is no such object."""
+
+
+class ConflictError(ClusterError):
+    """The object changed since it was read, or is there already. Read again, decide again."""
+
+
+class RefusedError(ClusterError):
+    """Policy, quota, validation or missing rights: the same request will be refused again."""
+
+
+class Cluster(Protocol):
+    """What the operator needs of a cluster. ``namespace`` is empty for nodes.
+
+    All verbs raise ClusterError or one of its kinds.
+    """
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Body:
+        """One object, as stored right now (never from a cache)."""
+        ...
+
+    async def create(self, kind: Kind, namespace: str, body: Body) -> Body:
+        """Create an object. Raises ConflictError if one of that name exists."""
+        ...
+
+    async def patch(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        """JSON merge patch. A ``metadata.uid`` or ``resourceVersion`` in it is a precondition."""
+        ...
+
+    async def patch_status(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        """JSON merge patch of the status subresource, with the same preconditions."""
+        ...
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
+        """Delete with the object's own grace period. With ``uid`` only that very object."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    text: str
+
+    def body(self) -> Body:
+        if 200 <= self.status <= 299:
+            return json.loads(self.text)
+        raise error_of(self.status, self.text)
+
+
+def error_of(status: int, text: str) -> ClusterError:
+    """The error for an HTTP status above 299, with the server's own message."""
+    try:
+        message = str(json.loads(text).get("message") or text)
+    except (ValueError, AttributeError):
+        message = text.strip()[:500]
+    kinds: Mapping[int, type[ClusterError]] = {
+        403: RefusedError,
+        404: NotFoundError,
+        409: ConflictError,
+        422: RefusedError,
+    }
+    return kinds.get(status, ClusterError)(message or f"HTTP status {status}", status)
+
+
+class HttpCluster:
+    """:class:`Cluster` over HTTP. Use :meth:`connect`, and ``await close()`` in the end."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    @classmethod
+    async def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> Self:
+        """Connect from inside a cluster, or with a kubeconfig (default: KUBECONFIG, ~/.kube).
+
+        Raises ClusterError if neither is there.
+        """
+        configuration = Configuration()
+        try:
+            if kubeconfig is None and context is None and _in_cluster():
+                load_incluster_config(client_configuration=configuration)
+            else:
+                await load_kube_config(kubeconfig, context, client_configuration=configuration)
+        except ConfigException as error:
+            raise ClusterError(f"no way to reach a cluster: {error}") from error
+        return cls(ApiClient(configuration))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Body:
+        return await self._call("GET", _path(kind, namespace, name))
+
+    async def list(self, kind: Kind, namespace: str, selector: str) -> list[Body]:
+        """All objects that match a label selector; for tests and tools."""
+        query = "?" + urlencode({"labelSelector": selector})
+        return (await self._call("GET", _path(kind, namespace) + query))["items"]
+
+    async def serves_jobs(self) -> bool:
+        """Whether the CustomResourceDefinition is there and established."""
+        try:
+            found = await self._call("GET", f"/apis/{names.API_VERSION}")
+        except NotFoundError:
+            return False
+        return any(item["name"] == names.PLURAL for item in found["resources"])
+
+    async def create(self, kind: Kind, namespace: str, body: Body) -> Body:
+        return await self._call("POST", _path(kind, namespace), body)
+
+    async def patch(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        return await self._call("PATCH", _path(kind, namespace, name), patch)
+
+    async def patch_status(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        return await self._call("PATCH", _path(kind, namespace, name) + "/status", patch)
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
+        options: Body = {"propagationPolicy": "Background"}
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
+        await self._call("DELETE", _path(kind, namespace, name), options)
+
+    async def _call(self, method: str, path: str, body: Body | None = None) -> Body:
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if method == "PATCH":
+            headers["Content-Type"] = "application/merge-patch+json"
+        request = await self._client.param_serialize(
+            method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
+        )
+        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, connect=CONNECT_SECONDS)
+        try:
+            answer = await self._client.call_api(*request, _request_timeout=timeout)  # pyright: ignore[reportArgumentType] - the client's hints say int, aiohttp takes this
+            data = await answer.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
+        return _Answer(answer.status, data.decode(errors="replace")).body()
+
+
+def _in_cluster() -> bool:
+    try:
+        load_incluster_config(client_configuration=Configuration())
+    except ConfigException:
+        return False
+    return True
+
+
+def _path(kind: Kind, namespace: str, name: str | None = None) -> str:
+    prefix, plural = kind.value
+    parts = [prefix]
+    if namespace:
+        parts += ["namespaces", quote(namespace, safe="")]
+    parts.append(plural)
+    if name is not None:
+        parts.append(quote(name, safe=""))
+    return "/".join(parts)

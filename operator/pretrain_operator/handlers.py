@@ -1,0 +1,113 @@
+"""What kopf is asked for: watches, a cache of worker pods, and a nudge when something happens.
+
+Only level-based parts of kopf are used. A handler never decides and never writes: it marks the job
+dirty, and the next round reads how things are. So there is nothing kopf would have to remember on
+the object: no finalizer (deleting a job works while the operator is away), no annotation.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import kopf
+
+from pretrain_api import names
+from pretrain_operator.reconcile import Key
+
+log = logging.getLogger(__name__)
+
+SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
+Index = kopf.Index[Key, Mapping[str, Any]]
+
+
+class PodCache:
+    """Worker pods by job, fed by kopf's watch; complete before the first handler runs."""
+
+    def __init__(self) -> None:
+        self._index: Index | None = None
+
+    def attach(self, index: Index) -> None:
+        """Use kopf's index from now on."""
+        self._index = index
+
+    def __call__(self, key: Key) -> Iterable[Mapping[str, Any]]:
+        if self._index is None or key not in self._index:
+            return ()
+        return tuple(self._index[key])
+
+
+class Nudge:
+    """How handlers reach the queue."""
+
+    def changed(self, key: Key) -> None:
+        """Something about this job changed."""
+        raise NotImplementedError
+
+    def deleted(self, key: Key) -> None:
+        """The job is gone."""
+        raise NotImplementedError
+
+
+def build_registry(cache: PodCache, nudge: Nudge) -> kopf.OperatorRegistry:
+    """The handlers of one operator, apart from those of any other in the process."""
+    registry = kopf.OperatorRegistry()
+    pods = {"registry": registry, "labels": {names.LABEL_JOB_UID: kopf.PRESENT}}
+
+    @kopf.on.startup(registry=registry, id="configure")
+    async def _(settings: kopf.OperatorSettings, worker_pods: Index, **_: Any) -> None:
+        configure(settings)
+        cache.attach(worker_pods)
+
+    @kopf.on.login(registry=registry, id="login")
+    def _(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        inside = kopf.login_with_service_account(**kwargs)
+        return inside or kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.index("v1", "pods", id="worker_pods", **pods)
+    async def _(body: kopf.Body, **_: Any) -> dict[Key, Mapping[str, Any]] | None:
+        key = job_of(body)
+        return {key: dict(body)} if key else None
+
+    @kopf.on.event("v1", "pods", id="pod_changed", **pods)
+    async def _(body: kopf.Body, **_: Any) -> None:
+        if key := job_of(body):
+            nudge.changed(key)
+
+    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, id="job_changed", registry=registry)
+    async def _(event: kopf.RawEvent, namespace: str, name: str, **_: Any) -> None:
+        if event["type"] == "DELETED":
+            nudge.deleted((namespace, name))
+        else:
+            nudge.changed((namespace, name))
+
+    return registry
+
+
+def job_of(body: Mapping[str, Any]) -> Key | None:
+    """The job a worker pod says it belongs to."""
+    meta: Mapping[str, Any] = body.get("metadata") or {}
+    name = (meta.get("labels") or {}).get(names.LABEL_JOB)
+    return (meta["namespace"], name) if name else None
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """Settings of kopf itself."""
+    # Without this every pod of the cluster would be sent here, only to be thrown away.
+    settings.watching.label_selectors["v1", "pods"] = SELECTOR
+    settings.watching.connect_timeout = 5.0
+    settings.networking.request_timeout = 30.0
+    settings.networking.connect_timeout = 5.0
+    # Needs no right to watch CRDs and namespaces.
+    settings.scanning.disabled = True
+    settings.posting.enabled = False
+    settings.persistence.finalizer = f"{names.GROUP}/operator"
+    # A burst of events is one round anyway, so nothing is gained by waiting for its end.
+    settings.queueing.idle_timeout = 1.0
+
+
+async def run(registry: kopf.OperatorRegistry, namespaces: tuple[str, ...]) -> None:
+    """Watch until a signal comes."""
+    if namespaces:
+        await kopf.operator(registry=registry, namespaces=namespaces, standalone=True)
+    else:
+        await kopf.operator(registry=registry, clusterwide=True, standalone=True)

@@ -1,0 +1,387 @@
+"""From the cluster to one frozen :class:`Observation`: everything a decision may depend on.
+
+Pods come from kopf's index (a cache that follows the watch), the job itself is always read afresh,
+because its status is the operator's memory and is written under a resourceVersion precondition.
+Claim, ConfigMap and network policy are read only when something has to be created or the spec has
+changed: a job in full swing costs one GET and one question to its leader per round.
+
+A cache may lag. It can make a pod look missing that is there: creating it again is refused
+harmlessly, and before a member is called lost it is asked for by name.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from pretrain_api import names
+from pretrain_api.job import ObjectMeta, PretrainJob
+from pretrain_api.status import JobStatus, Member
+from pretrain_api.wire import TerminationMessage, WorkerStatus
+from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError, RefusedError
+from pretrain_operator.resources import claim_name, config_name, policy_name
+from pretrain_operator.settings import Settings
+
+TERMINAL_PHASES = ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the trainer container of a pod ended."""
+
+    code: int
+    reason: str = ""  # the container runtime's word: Completed, Error, OOMKilled
+    finished: datetime | None = None
+    message: TerminationMessage | None = None
+    text: str = ""  # the termination message if it isn't ours
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why a pod does not start: no node, no image, a missing Secret."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A worker pod of this very job (by UID), reduced to what decisions need."""
+
+    name: str
+    uid: str
+    index: int
+    created_in: int
+    created: datetime
+    phase: str = "Pending"
+    reason: str = ""  # of the pod itself, such as Evicted
+    node: str | None = None
+    ip: str | None = None
+    ready: bool = False
+    assignment: str | None = None
+    kill_at: datetime | None = None  # set once it is being deleted
+    deleted_at: datetime | None = None
+    disruption: str | None = None  # reason of the DisruptionTarget condition
+    trouble: Trouble | None = None
+    exit: Exit | None = None
+
+    @property
+    def over(self) -> bool:
+        """None of its processes runs any more."""
+        return self.phase in TERMINAL_PHASES
+
+    @property
+    def leaving(self) -> bool:
+        return self.kill_at is not None
+
+    @property
+    def alive(self) -> bool:
+        return not self.over and not self.leaving
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The claim of the checkpoint volume."""
+
+    name: str
+    phase: str
+    access_modes: tuple[str, ...]
+    leaving: bool = False
+    job_uid: str | None = None  # label: the job it was made for
+    owned: bool = False  # deleted with the job
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What pods need beside themselves. Names of objects that are there, and whose they are."""
+
+    claim: Claim | None = None
+    config_uid: str | None = None  # job UID label of the ConfigMap; empty if it has none
+    policy_uid: str | None = None  # the same of the network policy
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One moment of one job. Frozen, complete, and all that :func:`plan.plan` ever sees."""
+
+    meta: ObjectMeta
+    job: PretrainJob | None  # None if the stored object doesn't validate
+    problems: tuple[str, ...]  # the sentences that say why
+    status: JobStatus
+    now: datetime
+    nonce: str  # fresh and secret; used if this round starts a new generation
+    image: str  # trainer image for jobs that name none
+    pods: tuple[Pod, ...] = ()
+    surroundings: Surroundings | None = None  # None: not looked at, nothing is to be created
+    lost_nodes: frozenset[str] = frozenset()
+    reports: Mapping[str, WorkerStatus] = field(default_factory=dict[str, WorkerStatus])
+    worker_peers: tuple[Body, ...] = ()  # network policy peers that may read workers' status
+    managed_by: str | None = None
+
+    @property
+    def uid(self) -> str:
+        return self.meta.uid or ""
+
+    @property
+    def name(self) -> str:
+        return self.meta.name
+
+    @property
+    def namespace(self) -> str:
+        return self.meta.namespace or "default"
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return self.status.assignment.workers if self.status.assignment else ()
+
+    def pod_of(self, member: Member) -> Pod | None:
+        """The member's own pod, not another one that took its name."""
+        for pod in self.pods:
+            if pod.name == member.pod and member.uid in (None, pod.uid):
+                return pod
+        return None
+
+    @property
+    def leader_report(self) -> WorkerStatus | None:
+        return self.reports.get(self.members[0].pod) if self.members else None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The stored object, parsed as far as it goes."""
+
+    meta: ObjectMeta
+    job: PretrainJob | None
+    problems: tuple[str, ...]
+    status: JobStatus
+    managed_by: str | None
+
+
+def parse_job(body: Mapping[str, Any]) -> Job:
+    """Parse a stored PretrainJob; an invalid spec becomes ``problems``, one sentence each.
+
+    Raises pydantic.ValidationError if metadata or status are broken: the schema at the API server
+    keeps both whole, and guessing at the operator's own memory would be worse than stopping.
+    """
+    meta = ObjectMeta.model_validate(body.get("metadata", {}))
+    status = JobStatus.model_validate(body.get("status") or {})
+    spec: Mapping[str, Any] = body.get("spec") or {}
+    try:
+        stored = {key: body[key] for key in ("apiVersion", "kind", "spec") if key in body}
+        job = PretrainJob.model_validate(stored | {"metadata": body.get("metadata", {})})
+        problems = ()
+    except ValidationError as error:
+        job, problems = None, tuple(_sentence(item) for item in error.errors())
+    if too_long := _name_problem(meta.name):
+        job, problems = None, (too_long, *problems)
+    return Job(meta, job, problems, status, spec.get("managedBy"))
+
+
+MAX_NAME = 52  # a pod's host name is {job}-{index}-{generation} and ends at 63 characters
+
+
+def _name_problem(name: str) -> str | None:
+    if len(name) <= MAX_NAME:
+        return None
+    return f"metadata.name: {name!r} has {len(name)} characters; use at most {MAX_NAME}"
+
+
+def _sentence(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def parse_pod(body: Mapping[str, Any]) -> Pod | None:
+    """Reduce a pod; None if its labels don't say which worker it is (then it isn't ours)."""
+    meta: Mapping[str, Any] = body.get("metadata") or {}
+    labels: Mapping[str, str] = meta.get("labels") or {}
+    try:
+        index = int(labels[names.LABEL_WORKER])
+        created_in = int(labels[names.LABEL_GENERATION])
+    except (KeyError, ValueError):
+        return None
+    status: Mapping[str, Any] = body.get("status") or {}
+    conditions = {item["type"]: item for item in status.get("conditions") or ()}
+    container = _container(status)
+    kill_at = _time(meta.get("deletionTimestamp"))
+    grace = timedelta(seconds=meta.get("deletionGracePeriodSeconds") or 0)
+    disruption = conditions.get("DisruptionTarget", {})
+    return Pod(
+        name=meta["name"],
+        uid=meta["uid"],
+        index=index,
+        created_in=created_in,
+        created=_time(meta.get("creationTimestamp")) or datetime.fromtimestamp(0, UTC),
+        phase=status.get("phase", "Pending"),
+        reason=status.get("reason", ""),
+        node=(body.get("spec") or {}).get("nodeName"),
+        ip=status.get("podIP"),
+        ready=conditions.get("Ready", {}).get("status") == "True",
+        assignment=(meta.get("annotations") or {}).get(names.ANNOTATION_ASSIGNMENT),
+        kill_at=kill_at,
+        deleted_at=kill_at - grace if kill_at else None,
+        disruption=disruption.get("reason") if disruption.get("status") == "True" else None,
+        trouble=_trouble(conditions, container),
+        exit=_exit(container),
+    )
+
+
+def belongs(body: Mapping[str, Any], job_uid: str) -> bool:
+    """Whether a child was made for this very job, not for another one of the same name."""
+    return _label(body, names.LABEL_JOB_UID) == job_uid
+
+
+def _label(body: Mapping[str, Any], key: str) -> str | None:
+    return ((body.get("metadata") or {}).get("labels") or {}).get(key)
+
+
+def _container(status: Mapping[str, Any]) -> Mapping[str, Any]:
+    for container in status.get("containerStatuses") or ():
+        if container.get("name") == names.CONTAINER:
+            return container.get("state") or {}
+    return {}
+
+
+def _trouble(conditions: Mapping[str, Any], container: Mapping[str, Any]) -> Trouble | None:
+    scheduled = conditions.get("PodScheduled", {})
+    if scheduled.get("status") == "False":
+        return Trouble(scheduled.get("reason", "Unschedulable"), scheduled.get("message", ""))
+    waiting = container.get("waiting") or {}
+    if waiting.get("reason") in (None, "", "ContainerCreating", "PodInitializing"):
+        return None
+    return Trouble(waiting["reason"], waiting.get("message", ""))
+
+
+def _exit(container: Mapping[str, Any]) -> Exit | None:
+    ended = container.get("terminated")
+    if not ended:
+        return None
+    text = ended.get("message") or ""
+    try:
+        message = TerminationMessage.model_validate(json.loads(text))
+    except (ValueError, ValidationError):
+        message = None
+    return Exit(
+        code=int(ended.get("exitCode", 0)),
+        reason=ended.get("reason") or "",
+        finished=_time(ended.get("finishedAt")),
+        message=message,
+        text="" if message else text,
+    )
+
+
+def parse_claim(body: Mapping[str, Any], job_uid: str) -> Claim:
+    """Reduce a claim."""
+    meta: Mapping[str, Any] = body.get("metadata") or {}
+    owners: Iterable[Mapping[str, Any]] = meta.get("ownerReferences") or ()
+    return Claim(
+        name=meta["name"],
+        phase=(body.get("status") or {}).get("phase", "Pending"),
+        access_modes=tuple((body.get("spec") or {}).get("accessModes") or ()),
+        leaving=bool(meta.get("deletionTimestamp")),
+        job_uid=_label(body, names.LABEL_JOB_UID),
+        owned=any(owner.get("uid") == job_uid for owner in owners),
+    )
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
+
+
+async def gather_pods(
+    cluster: Cluster, job: Job, cached: Iterable[Mapping[str, Any]]
+) -> tuple[Pod, ...]:
+    """The job's pods by index and age; a member with a UID that the cache lacks is asked for."""
+    uid, namespace = job.meta.uid or "", job.meta.namespace or "default"
+    bodies = {body["metadata"]["name"]: body for body in cached if belongs(body, uid)}
+    members = job.status.assignment.workers if job.status.assignment else ()
+    for member in members:
+        if member.uid and member.pod not in bodies:
+            body = await _find(cluster, Kind.POD, namespace, member.pod)
+            if body is not None and belongs(body, uid):
+                bodies[member.pod] = body
+    pods = [pod for body in bodies.values() if (pod := parse_pod(body))]
+    return tuple(sorted(pods, key=lambda pod: (pod.index, pod.created_in)))
+
+
+async def gather_surroundings(
+    cluster: Cluster, job: Job, pods: tuple[Pod, ...]
+) -> Surroundings | None:
+    """Claim, ConfigMap and network policy, if something is to be created or the spec changed."""
+    if job.job is None or not _needs_surroundings(job, pods):
+        return None
+    namespace, uid = job.meta.namespace or "default", job.meta.uid or ""
+    claim = None
+    if wanted := claim_name(job.job):
+        claim = await _find(cluster, Kind.CLAIM, namespace, wanted)
+    config = await _find(cluster, Kind.CONFIG_MAP, namespace, config_name(job.meta.name))
+    policy = await _find(cluster, Kind.NETWORK_POLICY, namespace, policy_name(job.meta.name))
+    return Surroundings(
+        claim=parse_claim(claim, uid) if claim else None,
+        config_uid=(_label(config, names.LABEL_JOB_UID) or "") if config else None,
+        policy_uid=(_label(policy, names.LABEL_JOB_UID) or "") if policy else None,
+    )
+
+
+def _needs_surroundings(job: Job, pods: tuple[Pod, ...]) -> bool:
+    members = job.status.assignment.workers if job.status.assignment else ()
+    known = {pod.name for pod in pods}
+    changed = job.status.observed_generation != job.meta.generation
+    return changed or not members or any(member.pod not in known for member in members)
+
+
+async def gather_lost_nodes(cluster: Cluster, pods: Iterable[Pod]) -> frozenset[str]:
+    """Nodes of leaving pods that don't answer. Without the right to read nodes: none."""
+    lost: set[str] = set()
+    for node in {pod.node for pod in pods if pod.leaving and not pod.over and pod.node}:
+        try:
+            body = await _find(cluster, Kind.NODE, "", node)
+        except RefusedError:
+            return frozenset()
+        if body is None or not _is_ready(body):
+            lost.add(node)
+    return frozenset(lost)
+
+
+def _is_ready(node: Mapping[str, Any]) -> bool:
+    conditions: Iterable[Mapping[str, Any]] = (node.get("status") or {}).get("conditions") or ()
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+async def _find(cluster: Cluster, kind: Kind, namespace: str, name: str) -> Body | None:
+    try:
+        return await cluster.get(kind, namespace, name)
+    except NotFoundError:
+        return None
+
+
+async def gather(
+    cluster: Cluster,
+    job: Job,
+    pods: tuple[Pod, ...],
+    *,
+    settings: Settings,
+    now: datetime,
+    nonce: str,
+    reports: Mapping[str, WorkerStatus],
+) -> Observation:
+    """Everything about a job in one observation. Raises ClusterError if a read fails."""
+    return Observation(
+        meta=job.meta,
+        job=job.job,
+        problems=job.problems,
+        status=job.status,
+        managed_by=job.managed_by,
+        now=now,
+        nonce=nonce,
+        image=settings.trainer_image,
+        pods=pods,
+        surroundings=await gather_surroundings(cluster, job, pods),
+        lost_nodes=await gather_lost_nodes(cluster, pods),
+        reports=reports,
+        worker_peers=settings.worker_peers,
+    )

@@ -1,0 +1,1 @@
+"""Pure decisions, one question per module; :mod:`plan` strings them together."""

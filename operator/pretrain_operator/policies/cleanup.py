@@ -1,0 +1,83 @@
+"""Which pods have had their time, and when a finished job has.
+
+A failed pod is worth a look (`kubectl logs`), so the newest of each worker stays until the job is
+deleted. Pods that ended well or were preempted say nothing more than the status does.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from pretrain_api.job import JobSpec
+from pretrain_api.status import JobStatus
+from pretrain_operator.observe import Observation, Pod
+
+LINGER_SECONDS = 30  # after the leader finished, for the others to finish by themselves
+
+
+def strays(seen: Observation) -> list[Pod]:
+    """Running pods without a place in the present generation."""
+    mine = _members(seen)
+    return [pod for pod in seen.pods if pod.uid not in mine and pod.alive]
+
+
+def exhibits_to_drop(seen: Observation) -> list[Pod]:
+    """Ended pods of past generations, but the newest failed one of each worker."""
+    mine = _members(seen)
+    past = [p for p in seen.pods if p.uid not in mine and p.over and not p.leaving]
+    newest = {pod.index: pod.uid for pod in sorted(past, key=_age) if pod.phase == "Failed"}
+    return [pod for pod in past if newest.get(pod.index) != pod.uid]
+
+
+def _age(pod: Pod) -> int:
+    return pod.created_in
+
+
+def _members(seen: Observation) -> set[str]:
+    return {pod.uid for pod in (seen.pod_of(m) for m in seen.members) if pod is not None}
+
+
+def in_the_way(seen: Observation) -> list[Pod]:
+    """Pods of an older generation whose ranks may still run, perhaps saving: wait for them.
+
+    A pod on a lost node, or one that outlived the time at which it would be killed, is not waited
+    for: it is fenced out of the checkpoints, and nobody can tell whether it lives.
+    """
+    mine = _members(seen)
+    return [
+        pod
+        for pod in seen.pods
+        if pod.uid not in mine and not pod.over and not _is_written_off(seen, pod)
+    ]
+
+
+WRITE_OFF_SECONDS = 10
+
+
+def written_off_at(pod: Pod) -> datetime | None:
+    """When a leaving pod is no longer waited for."""
+    return pod.kill_at + timedelta(seconds=WRITE_OFF_SECONDS) if pod.kill_at else None
+
+
+def _is_written_off(seen: Observation, pod: Pod) -> bool:
+    limit = written_off_at(pod)
+    return limit is not None and (seen.now >= limit or pod.node in seen.lost_nodes)
+
+
+def leftovers(pods: Iterable[Pod]) -> list[Pod]:
+    """Pods of a finished job that still run."""
+    return [pod for pod in pods if pod.alive]
+
+
+def linger_until(status: JobStatus, *, completed: bool) -> datetime | None:
+    """When the leftovers of a finished job are deleted."""
+    if status.completion_time is None:
+        return None
+    return status.completion_time + timedelta(seconds=LINGER_SECONDS if completed else 0)
+
+
+def expires_at(status: JobStatus, spec: JobSpec) -> datetime | None:
+    """When a finished job is deleted."""
+    ttl = spec.ttl_seconds_after_finished
+    if ttl is None or status.completion_time is None:
+        return None
+    return status.completion_time + timedelta(seconds=ttl)

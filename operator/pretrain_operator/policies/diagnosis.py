@@ -1,0 +1,154 @@
+"""Why a generation ended: which member went first, whose fault it was, and whether it may go on.
+
+When one worker dies the others fail soon after, because a collective lost its peer. The first to go
+is the cause, the rest is echo. What the cluster did (preemption, eviction, a deleted pod, a lost
+node) is free; a failure of the program is charged; wrong configuration is final at once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pretrain_api.status import MAX_MESSAGE, Member
+from pretrain_api.wire import ExitCode, Result
+from pretrain_operator.observe import Exit, Observation, Pod
+
+# Reasons the kubelet puts on a pod that it stopped for the node's sake.
+FREE_POD_REASONS = ("Evicted", "NodeLost", "NodeShutdown", "Preempting", "Shutdown", "Terminated")
+FINAL_CODES = {ExitCode.CONFIG: "InvalidConfiguration", ExitCode.DO_NOT_RETRY: "DoNotRetry"}
+BEGINNING = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What ended a generation, in the terms of the attempt ledger."""
+
+    reason: str
+    message: str
+    charged: bool = False
+    final: bool = False
+    at: datetime = BEGINNING
+    pod: str | None = None
+    node: str | None = None
+    rank: int | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+
+
+def finished_well(pod: Pod | None) -> bool:
+    """The worker trained to the end: exit code 0 and the completion marker."""
+    if pod is None or pod.exit is None or pod.exit.message is None:
+        return False
+    return pod.exit.code == ExitCode.OK and pod.exit.message.result is Result.COMPLETE
+
+
+def is_gone(seen: Observation, member: Member) -> bool:
+    """The member will not train any more. One whose pod was never seen is yet to be created."""
+    pod = seen.pod_of(member)
+    return member.uid is not None if pod is None else not pod.alive
+
+
+def diagnose(seen: Observation) -> Cause | None:
+    """The cause, if the present generation has lost a member; None while all is well.
+
+    A worker that finished well is no loss by itself: the others are about to finish too.
+    """
+    causes = [
+        _cause(seen, member, seen.pod_of(member))
+        for member in seen.members
+        if is_gone(seen, member) and not finished_well(seen.pod_of(member))
+    ]
+    return min(causes, key=lambda cause: (not cause.final, cause.at), default=None)
+
+
+def _cause(seen: Observation, member: Member, pod: Pod | None) -> Cause:
+    if pod is None:
+        message = f"pod {member.pod} of worker {member.index} is gone"
+        return Cause("PodDeleted", message, pod=member.pod, node=member.node)
+    final = _final(pod)
+    if final is not None:
+        return final
+    return _taken(seen, pod) or _failed(pod)
+
+
+def _final(pod: Pod) -> Cause | None:
+    if pod.exit is None or pod.exit.code not in FINAL_CODES:
+        return None
+    reason = FINAL_CODES[ExitCode(pod.exit.code)]
+    return _from_exit(pod, pod.exit, reason, charged=True, final=True)
+
+
+def _taken(seen: Observation, pod: Pod) -> Cause | None:
+    """The cluster took the worker away."""
+    at = pod.deleted_at or (pod.exit.finished if pod.exit else None) or BEGINNING
+    reason: str | None = pod.disruption
+    if reason is None and pod.leaving:
+        reason = "NodeLost" if pod.node in seen.lost_nodes else "PodDeleted"
+    if reason is None and pod.reason in FREE_POD_REASONS:
+        reason = pod.reason
+    if reason is None and _is_preempted(pod.exit):
+        reason = "Preempted"
+    if reason is None:
+        return None
+    message = f"worker {pod.index} ({pod.name}) was taken away: {reason}"
+    code = pod.exit.code if pod.exit else None
+    return Cause(reason, message, at=at, pod=pod.name, node=pod.node, exit_code=code)
+
+
+def _is_preempted(ended: Exit | None) -> bool:
+    if ended is None:
+        return False
+    said = ended.message.result if ended.message else None
+    return ended.code == ExitCode.PREEMPTED or said is Result.PREEMPTED
+
+
+def _failed(pod: Pod) -> Cause:
+    if pod.exit is None:
+        message = f"worker {pod.index} ({pod.name}) failed before its container ended"
+        return Cause(pod.reason or "PodFailed", message, charged=True, pod=pod.name, node=pod.node)
+    return _from_exit(pod, pod.exit, _reason(pod.exit), charged=True)
+
+
+def _reason(ended: Exit) -> str:
+    """One word: the agent's if it left one, else what the container's end says."""
+    if ended.message is not None and ended.message.failure is not None:
+        return ended.message.failure.reason
+    if ended.code == ExitCode.OK:
+        return "NoCompletionMarker"  # it left without having trained to the end
+    if ended.reason not in ("", "Error", "Completed"):
+        return ended.reason  # such as OOMKilled or ContainerCannotRun
+    return "WorkerFailed"
+
+
+def _from_exit(pod: Pod, ended: Exit, reason: str, *, charged: bool, final: bool = False) -> Cause:
+    failure = ended.message.failure if ended.message else None
+    said = (failure.message if failure else ended.text).strip()
+    message = f"worker {pod.index} ({pod.name}) exited with {ended.code}"
+    if said:
+        message = f"{message}: {said}"
+    return Cause(
+        reason=reason,
+        message=message[:MAX_MESSAGE],
+        charged=charged,
+        final=final,
+        at=ended.finished or BEGINNING,
+        pod=pod.name,
+        node=pod.node,
+        rank=failure.rank if failure else None,
+        exit_code=ended.code,
+        signal=failure.signal if failure else None,
+    )
+
+
+def finished_leader(pods: Iterable[Pod]) -> Pod | None:
+    """The pod that led a world to the end. It decides alone, whatever became of the others.
+
+    Any generation counts: the final checkpoint was committed, which a fenced-out worker can't do.
+    """
+    for pod in pods:
+        message = pod.exit.message if pod.exit else None
+        if message is not None and finished_well(pod):
+            rank = pod.index if message.rank is None else message.rank
+            if rank == 0:
+                return pod
+    return None

@@ -1,0 +1,140 @@
+"""A work queue by key: many jobs at a time, one round per job at a time.
+
+Adding a key that waits already changes nothing; adding one whose round is under way makes it run
+once more afterwards. So no news is lost, and a burst of events costs one or two rounds. A round may
+ask for another after some time; one that fails is repeated with growing pauses.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+from pretrain_operator.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 60.0
+ROUND_LIMIT_SECONDS = 120.0  # a round is a few requests; one that takes longer hangs
+
+
+class WorkQueue(Generic[K]):
+    """Runs ``reconcile(key)`` for keys that were added; it returns seconds until the next look.
+
+    ``quiet`` errors are expected now and then (two writers met): repeated soon, without a warning.
+    """
+
+    def __init__(
+        self,
+        reconcile: Callable[[K], Awaitable[float | None]],
+        *,
+        workers: int,
+        metrics: Metrics,
+        quiet: tuple[type[Exception], ...] = (),
+        round_limit: float = ROUND_LIMIT_SECONDS,
+    ) -> None:
+        self._reconcile = reconcile
+        self._workers = workers
+        self._metrics = metrics
+        self._quiet = quiet
+        self._round_limit = round_limit
+        self._waiting: asyncio.Queue[K] = asyncio.Queue()
+        self._queued: set[K] = set()
+        self._busy: dict[K, float] = {}
+        self._again: set[K] = set()
+        self._failures: dict[K, int] = {}
+        self._timers: dict[K, asyncio.TimerHandle] = {}
+
+    def add(self, key: K) -> None:
+        """Have a round for ``key`` soon. Call from the event loop's own thread."""
+        self._cancel_timer(key)
+        if key in self._busy:
+            self._again.add(key)
+        elif key not in self._queued:
+            self._queued.add(key)
+            self._waiting.put_nowait(key)
+            self._metrics.queue_depth.set(self.depth)
+
+    def add_after(self, key: K, seconds: float) -> None:
+        """Have a round after some time, if nothing else causes one before."""
+        if seconds <= 0:
+            self.add(key)
+            return
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        if timer is not None and timer.when() <= loop.time() + seconds:
+            return
+        self._cancel_timer(key)
+        self._timers[key] = loop.call_later(seconds, self.add, key)
+
+    def forget(self, key: K) -> None:
+        """Drop what is remembered about a key that is gone."""
+        self._cancel_timer(key)
+        self._failures.pop(key, None)
+
+    @property
+    def depth(self) -> int:
+        """Keys that wait for a round."""
+        return self._waiting.qsize()
+
+    @property
+    def longest_round(self) -> float:
+        """Seconds that the oldest round under way has taken so far; 0 if there is none."""
+        return time.monotonic() - min(self._busy.values()) if self._busy else 0.0
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(self._workers):
+                    group.create_task(self._work(), name=f"reconciler {number}")
+        finally:
+            for key in list(self._timers):
+                self._cancel_timer(key)
+
+    async def _work(self) -> None:
+        while True:
+            key = await self._waiting.get()
+            self._queued.discard(key)
+            self._busy[key] = time.monotonic()
+            self._metrics.queue_depth.set(self.depth)
+            try:
+                await self._round(key)
+            finally:
+                started = self._busy.pop(key)
+                self._metrics.reconcile_seconds.observe(time.monotonic() - started)
+            if key in self._again:
+                self._again.discard(key)
+                self.add(key)
+
+    async def _round(self, key: K) -> None:
+        try:
+            async with asyncio.timeout(self._round_limit):
+                wake = await self._reconcile(key)
+        except Exception as error:  # whatever it is, the other jobs go on and this one is retried
+            self._failed(key, error)
+        else:
+            self._failures.pop(key, None)
+            self._metrics.reconciles.labels("ok").inc()
+            if wake is not None:
+                self.add_after(key, wake)
+
+    def _failed(self, key: K, error: Exception) -> None:
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 20), LONGEST_PAUSE_SECONDS)
+        if isinstance(error, self._quiet):
+            self._metrics.reconciles.labels("conflict").inc()
+            log.debug("%s: %s; again in %.1f s", key, error, pause)
+        else:
+            self._metrics.reconciles.labels("error").inc()
+            log.warning("%s: %r; again in %.1f s", key, error, pause, exc_info=error)
+        self.add_after(key, pause)
+
+    def _cancel_timer(self, key: K) -> None:
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()

@@ -1,0 +1,84 @@
+"""One round over one job: observe, plan, apply."""
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pretrain_operator.apply import apply
+from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError
+from pretrain_operator.metrics import Metrics
+from pretrain_operator.observe import Job, Pod, gather, gather_pods, parse_job
+from pretrain_operator.plan import plan
+from pretrain_operator.settings import Settings
+from pretrain_operator.status import is_finished
+from pretrain_operator.workers import Workers
+
+Key = tuple[str, str]  # namespace and name of a job
+
+NONCE_BYTES = 16
+
+
+def utc_now() -> datetime:
+    """The clock; whole seconds, as Kubernetes writes times."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+class Reconciler:
+    """Knows the cluster, the pods in the cache and the workers; decides nothing itself."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        workers: Workers,
+        cached_pods: Callable[[Key], Iterable[Mapping[str, Any]]],
+        settings: Settings,
+        metrics: Metrics,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._cluster = cluster
+        self._workers = workers
+        self._cached_pods = cached_pods
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Bring one job a step further. Returns seconds until it wants to be looked at again.
+
+        Raises ClusterError if another attempt is due.
+        """
+        namespace, name = key
+        body = await self._read(namespace, name)
+        if body is None:
+            self._metrics.forget(namespace, name)
+            return None
+        job = parse_job(body)
+        pods = await gather_pods(self._cluster, job, self._cached_pods(key))
+        seen = await gather(
+            self._cluster,
+            job,
+            pods,
+            settings=self._settings,
+            now=self._clock(),
+            nonce=secrets.token_hex(NONCE_BYTES),
+            reports=await self._workers.ask(leaders(job, pods)),
+        )
+        decided = plan(seen)
+        self._metrics.record(namespace, name, decided.status or seen.status)
+        return await apply(self._cluster, seen, body, decided, self._metrics)
+
+    async def _read(self, namespace: str, name: str) -> Body | None:
+        try:
+            return await self._cluster.get(Kind.JOB, namespace, name)
+        except NotFoundError:
+            return None
+
+
+def leaders(job: Job, pods: Iterable[Pod]) -> list[Pod]:
+    """The pod to ask how training goes: that of rank 0, once it has been told so."""
+    assignment = job.status.assignment
+    if assignment is None or not assignment.workers or is_finished(job.status):
+        return []
+    first = assignment.workers[0]
+    return [pod for pod in pods if pod.uid == first.uid and pod.alive]

@@ -1,0 +1,63 @@
+"""Status and Events of a job that is under way."""
+
+from pretrain_api import names
+from pretrain_api.status import JobStatus
+from pretrain_operator.actions import Notice
+from pretrain_operator.observe import Observation
+from pretrain_operator.progress import with_report
+from pretrain_operator.status import (
+    STARTING_REASONS,
+    condition_of,
+    healed,
+    holds,
+    mark,
+    training_state,
+    view,
+)
+
+
+def report(seen: Observation) -> tuple[JobStatus, tuple[Notice, ...]]:
+    """Status and news while the job is under way."""
+    value, reason, message = training_state(seen)
+    status = healed(seen, with_report(seen, seen.status))
+    status = mark(seen, status, names.SUSPENDED, False, "Resumed")
+    # While restarting, the reason of the restart says more than that workers are starting.
+    if value or reason not in STARTING_REASONS or not holds(status, names.RESTARTING):
+        status = mark(seen, status, names.RUNNING, value, reason, message)
+    if value:
+        status = mark(seen, status, names.RESTARTING, False, reason, message)
+    return view(seen, status), _news(seen, status, value, reason, message)
+
+
+def _news(
+    seen: Observation, status: JobStatus, value: bool, reason: str, message: str
+) -> tuple[Notice, ...]:
+    before, after = seen.status.progress, status.progress
+    news: list[Notice] = []
+    if after and after.resumed_from is not None:
+        if before is None or before.resumed_from != after.resumed_from:
+            news.append(Notice("ResumedFrom", f"checkpoint of step {after.resumed_from}"))
+    skipped = status.checkpoint.skipped if status.checkpoint else ()
+    known = seen.status.checkpoint.skipped if seen.status.checkpoint else ()
+    news += [
+        Notice("CheckpointSkipped", f"step {item.step}: {item.reason}", warning=True)
+        for item in skipped
+        if item not in known
+    ]
+    if value and not holds(seen.status, names.RUNNING):
+        news.append(Notice("Training", message))
+    elif not value and reason not in STARTING_REASONS:
+        warning = Notice(reason, message, warning=True)
+        news += unless_said(seen, names.RUNNING, warning, reason)
+    return tuple(news)
+
+
+def unless_said(
+    seen: Observation, kind: str, notice: Notice, reason: str | None = None
+) -> tuple[Notice, ...]:
+    """The notice, unless the condition says the same already."""
+    before = condition_of(seen.status, kind)
+    if before is None:
+        return (notice,)
+    said = before.reason == reason if reason else before.status == "True"
+    return () if said else (notice,)

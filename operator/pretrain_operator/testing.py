@@ -1,0 +1,355 @@
+"""An in-memory cluster for tests: the API server's rules that the operator relies on.
+
+Resource versions and their conflicts, UIDs as preconditions, names that are taken, deletion with a
+grace period, and garbage collection by owner. A test plays kubelet and scheduler with the methods
+of :class:`MemoryCluster` below the line, and may let the operator crash at any write.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pretrain_api import names
+from pretrain_api.status import JobStatus
+from pretrain_api.wire import Failure, Phase, Progress, Result, TerminationMessage, WorkerStatus
+from pretrain_operator.cluster import (
+    Body,
+    ConflictError,
+    Kind,
+    NotFoundError,
+    RefusedError,
+)
+from pretrain_operator.merge import apply_merge_patch
+from pretrain_operator.metrics import Metrics
+from pretrain_operator.observe import Pod
+from pretrain_operator.reconcile import Key, Reconciler
+from pretrain_operator.settings import Settings
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class CrashError(BaseException):
+    """The operator dies here. A BaseException, so that nothing in it can catch it."""
+
+
+class MemoryCluster:
+    """:class:`pretrain_operator.cluster.Cluster` in memory."""
+
+    def __init__(self) -> None:
+        self.now = START
+        self.objects: dict[tuple[Kind, str, str], Body] = {}
+        self.writes: list[str] = []
+        self.crash_in: int | None = None  # writes until the crash, which happens after the last
+        self.admit: Callable[[Kind, Body], str | None] = lambda kind, body: None
+        self._versions = itertools.count(1)
+        self._uids = itertools.count(1)
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Body:
+        """See Cluster."""
+        return copy.deepcopy(self._stored(kind, namespace, name))
+
+    async def create(self, kind: Kind, namespace: str, body: Body) -> Body:
+        """See Cluster."""
+        body = copy.deepcopy(body)
+        meta = body["metadata"]
+        if "name" not in meta:
+            meta["name"] = f"{meta['generateName']}{next(self._uids)}"
+        key = (kind, namespace, meta["name"])
+        if key in self.objects:
+            raise ConflictError(f"{kind.plural} {meta['name']} already exists", 409)
+        if said := self.admit(kind, body):
+            raise RefusedError(said, 403)
+        meta |= {
+            "namespace": namespace,
+            "uid": f"uid-{next(self._uids)}",
+            "generation": 1,
+            "creationTimestamp": stamp(self.now),
+        }
+        self._store(key, body)
+        self._wrote(f"create {kind.plural}/{meta['name']}")
+        return copy.deepcopy(body)
+
+    async def patch(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        """See Cluster."""
+        return self._patched(kind, namespace, name, patch, status=False)
+
+    async def patch_status(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        """See Cluster."""
+        return self._patched(kind, namespace, name, patch, status=True)
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
+        """See Cluster."""
+        meta = self._stored(kind, namespace, name)["metadata"]
+        if uid not in (None, meta["uid"]):
+            raise ConflictError(f"{kind.plural} {name} has another UID", 409)
+        self.remove(kind, name, namespace)
+        self._wrote(f"delete {kind.plural}/{name}")
+
+    def _patched(self, kind: Kind, namespace: str, name: str, patch: Body, *, status: bool) -> Body:
+        before = self._stored(kind, namespace, name)
+        for field in ("uid", "resourceVersion"):
+            wanted = patch.get("metadata", {}).get(field)
+            if wanted is not None and wanted != before["metadata"][field]:
+                raise ConflictError(f"{kind.plural} {name} was changed: {field}", 409)
+        allowed = {key: patch[key] for key in patch if (key == "status") is status}
+        after = apply_merge_patch(before, allowed)
+        if after.get("spec") != before.get("spec"):
+            after["metadata"]["generation"] += 1
+        self._store((kind, namespace, name), after)
+        self._wrote(f"patch {kind.plural}/{name}{'/status' if status else ''}")
+        return copy.deepcopy(after)
+
+    def _stored(self, kind: Kind, namespace: str, name: str) -> Body:
+        try:
+            return self.objects[kind, namespace, name]
+        except KeyError:
+            raise NotFoundError(f"{kind.plural} {name} not found", 404) from None
+
+    def _store(self, key: tuple[Kind, str, str], body: Body) -> None:
+        body["metadata"]["resourceVersion"] = str(next(self._versions))
+        self.objects[key] = body
+
+    def _wrote(self, what: str) -> None:
+        self.writes.append(what)
+        if self.crash_in is not None:
+            self.crash_in -= 1
+            if self.crash_in <= 0:
+                self.crash_in = None
+                raise CrashError(what)
+
+    # --- what users, scheduler, kubelet and garbage collector do ---------------------------------
+
+    def all(self, kind: Kind) -> list[Body]:
+        """All objects of a kind, by name."""
+        found = [body for (kind_, _, _), body in self.objects.items() if kind_ is kind]
+        return sorted(found, key=lambda body: body["metadata"]["name"])
+
+    def pods(self) -> list[Body]:
+        """Copies of all pods, as a watch would have brought them."""
+        return copy.deepcopy(self.all(Kind.POD))
+
+    def pod(self, name: str, namespace: str = "default") -> Body:
+        """A pod to look at or to change in place."""
+        return self._stored(Kind.POD, namespace, name)
+
+    def edit(self, kind: Kind, name: str, patch: Body, namespace: str = "default") -> None:
+        """A user changes an object."""
+        crash, self.crash_in = self.crash_in, None
+        self._patched(kind, namespace, name, patch, status=False)
+        self.crash_in = crash
+
+    def remove(self, kind: Kind, name: str, namespace: str = "default") -> None:
+        """Delete: a running pod gets its grace period, anything else goes, children with it."""
+        key = (kind, namespace, name)
+        body = self._stored(*key)
+        if kind is Kind.POD and body.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+            grace = body["spec"].get("terminationGracePeriodSeconds", 30)
+            until = stamp(self.now + timedelta(seconds=grace))
+            meta = body["metadata"]
+            meta.setdefault("deletionTimestamp", until)
+            meta.setdefault("deletionGracePeriodSeconds", grace)
+            self._store(key, body)
+            return
+        self.vanish(kind, name, namespace)
+
+    def vanish(self, kind: Kind, name: str, namespace: str = "default") -> None:
+        """The object is gone at once, and in time all it owned."""
+        uid = self.objects.pop((kind, namespace, name))["metadata"]["uid"]
+        for (child_kind, space, child), body in list(self.objects.items()):
+            owners = body["metadata"].get("ownerReferences") or ()
+            if any(owner["uid"] == uid for owner in owners):
+                self.vanish(child_kind, child, space)
+
+    def set_status(self, name: str, **fields: Any) -> None:
+        """Change a pod's status."""
+        body = self.pod(name)
+        body.setdefault("status", {}).update(fields)
+        self._store((Kind.POD, "default", name), body)
+
+    def schedule(self, name: str, node: str = "node-1") -> None:
+        """The scheduler finds a node, which is ready unless the test made it otherwise."""
+        ready = {"metadata": {"name": node}, "status": {"conditions": [condition("Ready", "True")]}}
+        self.objects.setdefault((Kind.NODE, "", node), ready)
+        self.pod(name)["spec"]["nodeName"] = node
+        self.set_status(name, conditions=[condition("PodScheduled", "True")])
+
+    def start(self, name: str, ip: str | None = None, node: str = "node-1") -> None:
+        """The kubelet starts the container and finds it ready."""
+        self.schedule(name, node)
+        address = ip or f"10.0.0.{next(self._uids) % 250 + 1}"
+        ready = [condition("PodScheduled", "True"), condition("Ready", "True")]
+        self.set_status(name, phase="Running", podIP=address, conditions=ready)
+
+    def finish(
+        self,
+        name: str,
+        code: int,
+        message: TerminationMessage | str = "",
+        *,
+        reason: str | None = None,
+    ) -> None:
+        """The container ends. A pod that was being deleted is gone then."""
+        text = message if isinstance(message, str) else message.to_bytes().decode()
+        ended: Mapping[str, Any] = {
+            "exitCode": code,
+            "reason": reason or ("Completed" if code == 0 else "Error"),
+            "finishedAt": stamp(self.now),
+            "message": text,
+        }
+        status = {"name": names.CONTAINER, "state": {"terminated": ended}}
+        phase = "Succeeded" if code == 0 else "Failed"
+        self.set_status(name, phase=phase, containerStatuses=[status], conditions=[])
+        if "deletionTimestamp" in self.pod(name)["metadata"]:
+            self.vanish(Kind.POD, name)
+
+    def advance(self, seconds: float) -> None:
+        """Time goes by."""
+        self.now += timedelta(seconds=seconds)
+
+
+def condition(kind: str, status: str, **fields: str) -> Body:
+    """A condition of a pod."""
+    return {"type": kind, "status": status, **fields}
+
+
+def stamp(time: datetime) -> str:
+    """A time as Kubernetes writes it."""
+    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+JOB = "llama"
+
+
+def job_body(**spec: Any) -> Body:
+    """A small valid PretrainJob with a retained claim; ``spec`` replaces whole sections."""
+    base: Body = {
+        "training": {"dataset": "text", "datasetPath": "/data", "steps": 100},
+        "checkpoint": {"enable": True, "interval": 10},
+        "workers": {"replicas": 2},
+        "volumes": {"checkpoint": {"claimTemplate": {"storage": "1Gi"}}},
+    }
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": JOB},
+        "spec": base | spec,
+    }
+
+
+class SilentWorkers:
+    """Workers that answer what the test put into ``reports``, by pod name."""
+
+    def __init__(self) -> None:
+        self.reports: dict[str, WorkerStatus] = {}
+
+    async def ask(self, pods: Iterable[Pod]) -> Mapping[str, WorkerStatus]:
+        """See Workers."""
+        return {pod.name: self.reports[pod.name] for pod in pods if pod.name in self.reports}
+
+
+class Bench:
+    """One job on a memory cluster with an operator that can be crashed at will."""
+
+    def __init__(self) -> None:
+        self.cluster = MemoryCluster()
+        self.workers = SilentWorkers()
+        self.metrics = Metrics()
+        self.stale: list[Body] | None = None  # what the watch brought, if it lags
+
+    async def submit(self, **spec: Any) -> None:
+        """A user creates the job."""
+        await self.cluster.create(Kind.JOB, "default", job_body(**spec))
+
+    def cached_pods(self, key: Key) -> list[Body]:
+        """The pods as the operator's cache has them."""
+        return self.cluster.pods() if self.stale is None else copy.deepcopy(self.stale)
+
+    async def round(self) -> float | None:
+        """One round, by an operator that remembers nothing of the last one."""
+        operator = Reconciler(
+            self.cluster,
+            self.workers,
+            self.cached_pods,
+            Settings(),
+            self.metrics,
+            clock=lambda: self.cluster.now,
+        )
+        return await operator.reconcile(("default", JOB))
+
+    async def settle(self, rounds: int = 30) -> float | None:
+        """Rounds until nothing is written any more. Returns what the last one asked for.
+
+        Raises AssertionError if the operator doesn't come to rest.
+        """
+        for _ in range(rounds):
+            before = len(self.cluster.writes)
+            wake = await self.round()
+            if len(self.cluster.writes) == before and wake != 0:
+                return wake
+        raise AssertionError(f"still writing: {self.cluster.writes[-6:]}")
+
+    async def train(self, report: Progress | None = None) -> None:
+        """Settle, let every pod without an address start, and settle again."""
+        await self.settle()
+        for name in self.member_pods():
+            if not self.cluster.pod(name).get("status", {}).get("podIP"):
+                self.cluster.start(name)
+        await self.settle()
+        if report is not None:
+            self.report(report)
+            await self.settle()
+
+    def report(self, progress: Progress, phase: Phase = Phase.STEP) -> None:
+        """The leader reports progress in the present generation."""
+        assignment = self.status.assignment
+        if assignment is None:
+            raise AssertionError("nobody leads yet")
+        said = WorkerStatus(
+            generation=assignment.generation,
+            rank=0,
+            phase=phase,
+            step=progress.step,
+            progress=progress,
+        )
+        self.workers.reports[assignment.workers[0].pod] = said
+
+    def member_pods(self) -> list[str]:
+        """Names of the members' pods."""
+        assignment = self.status.assignment
+        return [member.pod for member in assignment.workers] if assignment else []
+
+    @property
+    def status(self) -> JobStatus:
+        """The job's status as stored."""
+        body = self.cluster.objects[Kind.JOB, "default", JOB]
+        return JobStatus.model_validate(body.get("status") or {})
+
+    def condition(self, kind: str) -> tuple[str, str] | None:
+        """Status and reason of a condition."""
+        found = next((c for c in self.status.conditions if c.type == kind), None)
+        return (found.status, found.reason) if found else None
+
+    def events(self) -> list[str]:
+        """Reasons of all Events, oldest first."""
+        bodies = [b for (kind, _, _), b in self.cluster.objects.items() if kind is Kind.EVENT]
+        return [body["reason"] for body in bodies]
+
+
+def message(
+    result: Result,
+    progress: Progress | None = None,
+    *,
+    generation: int = 1,
+    rank: int = 0,
+    failure: Failure | None = None,
+) -> TerminationMessage:
+    """A termination message."""
+    return TerminationMessage(
+        result=result,
+        generation=generation,
+        rank=rank,
+        progress=progress or Progress(),
+        failure=failure,
+    )

@@ -1,0 +1,437 @@
+"""A job from `kubectl apply` to its end, round by round, on the in-memory cluster."""
+
+import json
+
+import pytest
+from pretrain_api import names
+from pretrain_api.status import JobPhase
+from pretrain_api.wire import CheckpointReport, ExitCode, Failure, Phase, Progress, Result
+from pretrain_operator.cluster import Kind
+from pretrain_operator.testing import JOB, Bench, condition, message
+
+CHECKPOINT = CheckpointReport(step=40, time=1.0, path="checkpoint/step-40", bytes=7)
+FORTY = Progress(step=42, steps=100, tokens=4200, loss=3.5, step_seconds=2.0, checkpoint=CHECKPOINT)
+DONE = Progress(step=100, steps=100, tokens=10_000, loss=2.0, first_loss=9.0)
+
+
+def assigned(bench: Bench, name: str) -> dict[str, object]:
+    annotations = bench.cluster.pod(name)["metadata"]["annotations"]
+    return json.loads(annotations[names.ANNOTATION_ASSIGNMENT])
+
+
+async def test_children_are_made_and_members_told_once_all_have_an_address(bench: Bench) -> None:
+    await bench.submit()
+    await bench.settle()
+    assert [p["metadata"]["name"] for p in bench.cluster.pods()] == ["llama-0-1", "llama-1-1"]
+    assert [len(bench.cluster.all(k)) for k in (Kind.CONFIG_MAP, Kind.CLAIM)] == [1, 1]
+    assert bench.status.phase is JobPhase.PENDING
+    bench.cluster.start("llama-0-1", "10.0.0.1")
+    await bench.settle()
+    assert (
+        names.ANNOTATION_ASSIGNMENT not in bench.cluster.pod("llama-0-1")["metadata"]["annotations"]
+    )
+    bench.cluster.start("llama-1-1", "10.0.0.2")
+    await bench.settle()
+    zero, one = assigned(bench, "llama-0-1"), assigned(bench, "llama-1-1")
+    assert (zero["rank"], one["rank"], one["size"], one["generation"]) == (0, 1, 2, 1)
+    assert zero["leader"] == one["leader"] == f"10.0.0.1:{names.MEETING_PORT}"
+    assert zero["nonce"] == one["nonce"] == bench.status.assignment.nonce
+    assert len(zero["nonce"]) >= 16
+
+
+async def test_progress_reaches_status_and_is_written_at_most_every_ten_seconds(
+    bench: Bench,
+) -> None:
+    await bench.submit()
+    await bench.train()
+    bench.report(Progress(), Phase.LOAD)
+    await bench.settle()
+    assert bench.condition(names.RUNNING) == ("True", "Training")  # no report means: pods decide
+    bench.report(FORTY)
+    await bench.settle()
+    status = bench.status
+    assert status.phase is JobPhase.RUNNING
+    assert (status.progress.summary, status.progress.loss) == ("42/100", 3.5)
+    assert status.progress.eta == "1m56s"
+    assert status.checkpoint.step == 40
+    bench.report(FORTY.model_copy(update={"step": 43}))
+    bench.cluster.advance(5)
+    await bench.settle()
+    assert bench.status.progress.step == 42
+    bench.cluster.advance(5)
+    await bench.settle()
+    assert bench.status.progress.step == 43
+
+
+async def test_running_waits_for_the_first_step(bench: Bench) -> None:
+    await bench.submit()
+    await bench.settle()
+    for name in bench.member_pods():
+        bench.cluster.schedule(name)
+        bench.cluster.set_status(name, podIP="10.0.0.9", phase="Running")
+    await bench.settle()
+    bench.report(Progress(), Phase.FIRST_STEP)
+    for name in bench.member_pods():
+        bench.cluster.start(name)
+    await bench.settle()
+    assert bench.condition(names.RUNNING) == ("False", "WorldStarting")
+    assert bench.status.phase is JobPhase.STARTING
+    bench.report(FORTY)
+    await bench.settle()
+    assert bench.status.phase is JobPhase.RUNNING
+
+
+async def test_the_leaders_word_completes_the_job_even_if_nobody_watched(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    bench.cluster.finish("llama-0-1", 0, message(Result.COMPLETE, DONE))
+    await bench.settle()
+    assert bench.condition(names.COMPLETE) == ("True", "Completed")
+    status = bench.status
+    assert (status.phase, status.progress.summary) == (JobPhase.COMPLETE, "100/100")
+    assert status.progress.first_loss == 9.0
+    assert status.completion_time is not None
+    assert "deletionTimestamp" not in bench.cluster.pod("llama-1-1")["metadata"]
+    bench.cluster.advance(31)
+    await bench.settle()
+    assert "deletionTimestamp" in bench.cluster.pod("llama-1-1")["metadata"]
+    assert "llama-0-1" in [p["metadata"]["name"] for p in bench.cluster.pods()]
+
+
+async def test_exit_zero_without_the_marker_is_a_failure(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    bench.cluster.finish("llama-0-1", 0)
+    await bench.settle()
+    assert bench.condition(names.COMPLETE) is None
+    assert bench.status.attempts[-1].reason == "NoCompletionMarker"
+
+
+async def test_a_deleted_pod_is_replaced_for_free_and_the_others_stay(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train(FORTY)
+    keep = bench.cluster.pod("llama-0-1")["metadata"]["uid"]
+    bench.cluster.remove(Kind.POD, "llama-1-1")
+    await bench.settle()
+    assert bench.member_pods() == ["llama-0-1", "llama-1-2"]
+    bench.cluster.start("llama-1-2")
+    await bench.settle()
+    # The one that leaves is still saving together with the others: nobody is told yet.
+    assert assigned(bench, "llama-0-1")["generation"] == 1
+    bench.cluster.finish("llama-1-1", ExitCode.PREEMPTED)
+    await bench.settle()
+    assert assigned(bench, "llama-0-1")["generation"] == 2
+    assert assigned(bench, "llama-1-2")["generation"] == 2
+    assert bench.cluster.pod("llama-0-1")["metadata"]["uid"] == keep
+    status = bench.status
+    assert (status.restarts.total, status.restarts.charged) == (1, 0)
+    assert status.restarts.by_reason == {"PodDeleted": 1}
+    attempt = status.attempts[0]
+    assert (attempt.step, attempt.checkpoint_step, attempt.lost_seconds) == (42, 40, 4.0)
+    assert bench.condition(names.RESTARTING) == ("False", "Training")
+
+
+async def test_a_pod_that_never_leaves_is_written_off(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    bench.cluster.remove(Kind.POD, "llama-1-1")
+    await bench.settle()
+    bench.cluster.start("llama-1-2")
+    wake = await bench.settle()
+    grace = bench.cluster.pod("llama-1-1")["metadata"]["deletionGracePeriodSeconds"]
+    assert wake == grace + 10
+    bench.cluster.advance(wake)
+    await bench.settle()
+    assert assigned(bench, "llama-0-1")["generation"] == 2
+
+
+async def test_a_lost_node_is_not_waited_for(bench: Bench) -> None:
+    node = {"metadata": {"name": "bad"}, "status": {"conditions": [condition("Ready", "Unknown")]}}
+    await bench.cluster.create(Kind.NODE, "", node)
+    await bench.submit()
+    await bench.settle()
+    bench.cluster.start("llama-0-1")
+    bench.cluster.start("llama-1-1", node="bad")
+    await bench.settle()
+    bench.cluster.remove(Kind.POD, "llama-1-1")
+    await bench.settle()
+    bench.cluster.start("llama-1-2")
+    await bench.settle()
+    assert assigned(bench, "llama-1-2")["generation"] == 2
+    assert bench.status.restarts.by_reason == {"NodeLost": 1}
+
+
+async def test_a_crash_is_charged_waits_and_keeps_the_evidence(bench: Bench) -> None:
+    await bench.submit(recovery={"maxRestarts": 3, "backoffSeconds": 8})
+    await bench.train(FORTY)
+    last_words = Failure(rank=3, signal="SIGSEGV", reason="RankFailed", message="boom")
+    bench.cluster.finish("llama-1-1", 1, message(Result.FAILED, rank=1, failure=last_words))
+    assert await bench.settle() == 8
+    assert "llama-1-2" not in str(bench.cluster.pods())
+    assert bench.status.phase is JobPhase.RESTARTING
+    assert "in 8 s" in next(c.message for c in bench.status.conditions if c.type == "Restarting")
+    bench.cluster.advance(8)
+    await bench.train()
+    attempt = bench.status.attempts[-1]
+    assert (attempt.rank, attempt.signal, attempt.exit_code) == (3, "SIGSEGV", 1)
+    assert attempt.charged
+    assert "boom" in attempt.message
+    assert bench.cluster.pod("llama-1-1")["status"]["phase"] == "Failed"
+    assert bench.metrics.restarts.labels("RankFailed")._value.get() == 1
+
+
+async def crash(bench: Bench, code: int = 1) -> None:
+    generation = bench.status.assignment.generation
+    said = message(Result.FAILED, generation=generation, rank=1)
+    bench.cluster.finish(bench.member_pods()[1], code, said)
+    await bench.settle()
+    bench.cluster.advance(1)
+    await bench.train()
+
+
+async def test_the_budget_ends_the_job_with_the_last_reason(bench: Bench) -> None:
+    await bench.submit(recovery={"maxRestarts": 2, "backoffSeconds": 0})
+    await bench.train()
+    for _ in range(3):
+        assert bench.condition(names.FAILED) is None
+        await crash(bench)
+    assert bench.condition(names.FAILED) == ("True", "BackoffLimitExceeded")
+    assert bench.status.restarts.charged == 2
+    assert len(bench.status.attempts) == 3
+    assert all(
+        "deletionTimestamp" in p["metadata"] or p["status"]["phase"] == "Failed"
+        for p in bench.cluster.pods()
+    )
+
+
+async def test_a_new_checkpoint_forgives(bench: Bench) -> None:
+    await bench.submit(recovery={"maxRestarts": 1, "backoffSeconds": 0})
+    await bench.train()
+    for step in (10, 20, 30):
+        report = CHECKPOINT.model_copy(update={"step": step})
+        bench.report(Progress(step=step, steps=100, checkpoint=report))
+        bench.cluster.advance(11)
+        await bench.settle()
+        await crash(bench)
+    assert bench.condition(names.FAILED) is None
+    await crash(bench)
+    assert bench.condition(names.FAILED) == ("True", "BackoffLimitExceeded")
+
+
+async def test_failures_outside_the_window_are_forgotten(bench: Bench) -> None:
+    await bench.submit(recovery={"maxRestarts": 1, "backoffSeconds": 0, "windowSeconds": 60})
+    await bench.train()
+    for _ in range(4):
+        await crash(bench)
+        bench.cluster.advance(60)
+    assert bench.condition(names.FAILED) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(ExitCode.CONFIG, "InvalidConfiguration"), (ExitCode.DO_NOT_RETRY, "DoNotRetry")],
+)
+async def test_final_exit_codes_are_never_retried(
+    bench: Bench, code: ExitCode, reason: str
+) -> None:
+    await bench.submit()
+    await bench.train()
+    said = Failure(reason="Config", message="training.dataset_path: /nowhere doesn't exist")
+    bench.cluster.finish("llama-0-1", 1)  # an echo that ended first
+    bench.cluster.advance(1)
+    bench.cluster.finish("llama-1-1", code, message(Result.CONFIG, rank=1, failure=said))
+    await bench.settle()
+    assert bench.condition(names.FAILED) == ("True", reason)
+    failed = next(c for c in bench.status.conditions if c.type == names.FAILED)
+    assert "/nowhere doesn't exist" in failed.message
+    assert bench.status.restarts.total == 0
+
+
+@pytest.mark.parametrize("reason", ["PreemptionByScheduler", "EvictionByEvictionAPI"])
+async def test_disruptions_are_free(bench: Bench, reason: str) -> None:
+    await bench.submit(recovery={"maxRestarts": 0})
+    await bench.train()
+    bench.cluster.finish("llama-1-1", 137)
+    disrupted = condition("DisruptionTarget", "True", reason=reason)
+    bench.cluster.set_status("llama-1-1", conditions=[disrupted])
+    await bench.settle()
+    assert bench.status.restarts.by_reason == {reason: 1}
+    assert bench.condition(names.FAILED) is None
+
+
+async def test_free_restarts_that_come_thick_and_fast_wait(bench: Bench) -> None:
+    await bench.submit(recovery={"backoffSeconds": 5})
+    await bench.train()
+    waits = []
+    for _ in range(4):
+        bench.cluster.vanish(Kind.POD, bench.member_pods()[1])
+        waits.append(await bench.settle())
+        bench.cluster.advance(waits[-1] or 0)
+        await bench.train()
+    assert waits == [None, None, 5, 10]
+
+
+async def test_suspend_saves_and_resume_goes_on_in_a_new_generation(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train(FORTY)
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": True}})
+    await bench.settle()
+    assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
+    assert bench.condition(names.SUSPENDED) == ("True", "Suspended")
+    assert bench.status.phase is JobPhase.SUSPENDED
+    assert bench.status.start_time is None
+    for pod in bench.cluster.pods():
+        bench.cluster.finish(pod["metadata"]["name"], ExitCode.PREEMPTED)
+    await bench.settle()
+    assert bench.cluster.pods() == []
+    assert len(bench.cluster.all(Kind.CONFIG_MAP)) == 1
+    assert bench.status.restarts.total == 0
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": False}})
+    await bench.train()
+    assert bench.member_pods() == ["llama-0-2", "llama-1-2"]
+    assert bench.condition(names.SUSPENDED) == ("False", "Resumed")
+    assert bench.status.start_time is not None
+    assert bench.events().count("Suspended") == 1
+    assert "Resumed" in bench.events()
+
+
+async def test_a_job_born_suspended_gets_nothing_until_resumed(bench: Bench) -> None:
+    await bench.submit(suspend=True)
+    await bench.settle()
+    assert bench.cluster.pods() == []
+    assert bench.condition(names.SUSPENDED) == ("True", "Suspended")
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": False}})
+    await bench.train()
+    assert len(bench.cluster.pods()) == 2
+
+
+async def test_deleting_the_job_takes_everything_but_a_retained_claim(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train(FORTY)
+    bench.cluster.vanish(Kind.JOB, JOB)
+    assert bench.cluster.pods() == []
+    assert bench.cluster.all(Kind.CONFIG_MAP) == bench.cluster.all(Kind.NETWORK_POLICY) == []
+    assert len(bench.cluster.all(Kind.CLAIM)) == 1
+    assert await bench.round() is None
+    assert "llama" not in str(list(bench.metrics.registry.collect()))
+
+
+async def test_retention_may_change_at_any_time(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    volume = {"claimTemplate": {"storage": "1Gi"}, "retention": "Delete"}
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"volumes": {"checkpoint": volume}}})
+    await bench.settle()
+    assert bench.cluster.all(Kind.CLAIM)[0]["metadata"]["ownerReferences"][0]["name"] == JOB
+    volume["retention"] = "Retain"
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"volumes": {"checkpoint": volume}}})
+    await bench.settle()
+    assert "ownerReferences" not in bench.cluster.all(Kind.CLAIM)[0]["metadata"]
+
+
+async def test_deadline(bench: Bench) -> None:
+    await bench.submit(activeDeadlineSeconds=60)
+    await bench.train()
+    bench.cluster.advance(59)
+    wake = await bench.settle()
+    assert wake is not None
+    assert wake <= 1
+    bench.cluster.advance(1)
+    await bench.settle()
+    assert bench.condition(names.FAILED) == ("True", "DeadlineExceeded")
+    assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
+
+
+async def test_scheduling_timeout_releases_the_pods(bench: Bench) -> None:
+    await bench.submit(schedulingTimeoutSeconds=120)
+    await bench.settle()
+    bench.cluster.start("llama-0-1")
+    no_room = condition("PodScheduled", "False", reason="Unschedulable", message="0/3 nodes fit")
+    bench.cluster.set_status("llama-1-1", conditions=[no_room])
+    assert await bench.settle() == 120
+    assert bench.condition(names.RUNNING) == ("False", "Unschedulable")
+    assert bench.status.phase is JobPhase.PENDING
+    bench.cluster.advance(120)
+    await bench.settle()
+    assert bench.condition(names.FAILED) == ("True", "SchedulingTimeout")
+    failed = next(c for c in bench.status.conditions if c.type == names.FAILED)
+    assert "0/3 nodes fit" in failed.message
+    assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
+
+
+async def test_an_image_that_can_not_be_pulled_is_a_condition_and_costs_nothing(
+    bench: Bench,
+) -> None:
+    await bench.submit()
+    await bench.settle()
+    waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
+    status = {"name": names.CONTAINER, "state": {"waiting": waiting}}
+    bench.cluster.schedule("llama-0-1")
+    bench.cluster.set_status("llama-0-1", containerStatuses=[status])
+    await bench.settle()
+    await bench.settle()
+    assert bench.condition(names.RUNNING) == ("False", "ImagePullBackOff")
+    assert bench.events().count("ImagePullBackOff") == 1
+    assert bench.status.attempts == ()
+
+
+async def test_ttl_deletes_a_finished_job(bench: Bench) -> None:
+    await bench.submit(ttlSecondsAfterFinished=100)
+    await bench.train()
+    for index, name in enumerate(bench.member_pods()):
+        bench.cluster.finish(name, 0, message(Result.COMPLETE, DONE, rank=index))
+    assert await bench.settle() == 100
+    bench.cluster.advance(100)
+    await bench.settle()
+    assert bench.cluster.all(Kind.JOB) == []
+
+
+async def test_a_finished_job_is_never_touched(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    for index, name in enumerate(bench.member_pods()):
+        bench.cluster.finish(name, 0, message(Result.COMPLETE, DONE, rank=index))
+    await bench.settle()
+    before, writes = bench.status, len(bench.cluster.writes)
+    for name in bench.member_pods():
+        bench.cluster.vanish(Kind.POD, name)
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": True}})
+    bench.cluster.advance(10_000)
+    await bench.settle()
+    assert bench.status == before
+    assert len(bench.cluster.writes) == writes + 1  # the edit
+
+
+async def test_jobs_of_another_controller_are_left_alone(bench: Bench) -> None:
+    await bench.submit(managedBy="kueue.x-k8s.io/multikueue")
+    writes = len(bench.cluster.writes)
+    await bench.settle()
+    assert len(bench.cluster.writes) == writes
+
+
+async def test_an_invalid_spec_is_refused_once_and_heals(bench: Bench) -> None:
+    await bench.submit(training={"dataset": "text", "steps": "many"}, workers={"replicas": 2})
+    await bench.settle()
+    await bench.settle()
+    assert bench.condition(names.FAILED) == ("True", "Invalid")
+    failed = next(c for c in bench.status.conditions if c.type == names.FAILED)
+    assert "spec.training.steps" in failed.message
+    assert bench.cluster.pods() == []
+    assert bench.events() == ["Invalid"]
+    assert bench.status.phase is JobPhase.FAILED
+    training = {"dataset": "text", "datasetPath": "/data", "steps": 100}
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"training": training}})
+    await bench.train()
+    assert bench.condition(names.FAILED) == ("False", "Valid")
+    assert len(bench.cluster.pods()) == 2
+
+
+async def test_another_number_of_workers_makes_a_new_world(bench: Bench) -> None:
+    await bench.submit(workers={"replicas": 2, "minReplicas": 1, "maxReplicas": 2})
+    await bench.train()
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"workers": {"replicas": 1}}})
+    await bench.settle()
+    assert bench.member_pods() == ["llama-0-2"]
+    leaving = [p for p in bench.cluster.pods() if "deletionTimestamp" in p["metadata"]]
+    assert len(leaving) == 2
+    assert bench.status.restarts.by_reason == {"Resized": 1}
