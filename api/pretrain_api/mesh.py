@@ -70,11 +70,14 @@ def resolve(parallelism: Parallelism, world_size: int) -> Degrees:
     left = world_size // prod(fixed.values())
     shard = parallelism.data_parallel_shard_degree
     if shard not in (-1, left):
-        others = "" if left == world_size else " after the other degrees"
+        space = (
+            _ranks(left)
+            if left == world_size
+            else f"the {left} of {world_size} ranks that the other degrees leave"
+        )
         raise MeshError(
             "parallelism.data_parallel_shard_degree",
-            f"{shard} doesn't fit {_ranks(world_size)}, which leave {left}{others}; "
-            f"use -1 or {left}",
+            f"{shard} doesn't fill {space}; use -1 or {left}",
         )
     _reshard_fits(parallelism, left)
     return Degrees(

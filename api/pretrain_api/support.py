@@ -1,4 +1,4 @@
-"""What isn't built yet, as one table.
+"""What isn't built yet, as a table.
 
 The whole vocabulary is understood, so a file written for torchtitan is read without complaint about
 unknown keys. But a key must never be silently without effect: a key of a feature that isn't built
@@ -6,7 +6,8 @@ is accepted at the value that leaves the feature off, and refused at any other. 
 refine a feature (the folder of its traces, its interval) are left alone: with the feature off they
 have no meaning here, as they have none there.
 
-Building a feature removes its line.
+Building a feature removes its lines, and a test fails for any key that is in neither table and
+that no code reads.
 """
 
 import json
@@ -71,6 +72,48 @@ UNBUILT = (
     Unbuilt("experimental.custom_import", ("",)),
     Unbuilt("experimental.custom_args_module", ("",)),
 )
+
+# Keys without a meaning of their own: they say how a feature works that is off.
+REFINEMENTS = frozenset({
+    "activation_checkpoint.memory_budget",
+    "checkpoint.enable_ft_dataloader_checkpoints",
+    "comm.save_traces_file_prefix",
+    "comm.save_traces_folder",
+    "fault_tolerance.group_size",
+    "fault_tolerance.min_replica_size",
+    "fault_tolerance.process_group",
+    "fault_tolerance.process_group_timeout_ms",
+    "fault_tolerance.replica_id",
+    "memory_estimation.disable_fake_mode",
+    "metrics.save_tb_folder",
+    "parallelism.context_parallel_rotate_method",
+    "parallelism.disable_loss_parallel",
+    "parallelism.module_fqns_per_model_part",
+    "parallelism.pipeline_parallel_first_stage_less_layers",
+    "parallelism.pipeline_parallel_last_stage_less_layers",
+    "parallelism.pipeline_parallel_layers_per_stage",
+    "parallelism.pipeline_parallel_microbatch_size",
+    "parallelism.pipeline_parallel_schedule",
+    "parallelism.pipeline_parallel_schedule_csv",
+    "profiling.profile_freq",
+    "profiling.profiler_active",
+    "profiling.profiler_warmup",
+    "profiling.save_memory_snapshot_folder",
+    "profiling.save_traces_folder",
+    "quantize.grouped_mm.float8.fqns",
+    "quantize.grouped_mm.mx.fqns",
+    "quantize.grouped_mm.mx.recipe_name",
+    "quantize.linear.float8.filter_fqns",
+    "quantize.linear.mx.filter_fqns",
+    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
+    "quantize.linear.mx.recipe_name",
+    "validation.dataset",
+    "validation.dataset_path",
+    "validation.freq",
+    "validation.local_batch_size",
+    "validation.seq_len",
+    "validation.steps",
+})  # fmt: skip
 
 
 def support_rules() -> tuple[Rule, ...]:
