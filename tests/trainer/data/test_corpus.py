@@ -1,6 +1,8 @@
 """Files are cut into documents without losing a byte, found again by number, and checked."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -221,3 +223,18 @@ def test_a_cache_that_others_can_write_is_not_trusted(
     assert cache.cached("key", numbers).tolist() == [0, 1, 2, 3, 4]
     assert "can be written by other users" in caplog.text
     assert not list(folder.iterdir())
+
+
+def test_processes_that_ask_together_make_the_array_once(own_cache: Path) -> None:
+    """Threads stand in for processes: each call takes the lock through a file of its own."""
+    made = []
+
+    def slow() -> np.ndarray:
+        made.append(1)
+        time.sleep(0.1)  # long enough for the others to reach the lock
+        return numbers()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: cache.cached("key", slow).tolist(), range(4)))
+    assert found == [[0, 1, 2, 3, 4]] * 4
+    assert len(made) == 1

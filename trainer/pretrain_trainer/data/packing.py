@@ -25,7 +25,9 @@ from pretrain_trainer.data.errors import DataError
 from pretrain_trainer.data.sources import Document
 
 IGNORED = -100  # label without a loss, torch's default for cross entropy
-BATCH = 16  # documents tokenized at once, which lets the tokenizer use several cores
+# Documents tokenized at once, so that the tokenizer can use several cores. A stream starts with one
+# and doubles: the first step after a restart is waited for, and needs few documents of each stream.
+LARGEST_BATCH = 16
 
 Tokens = NDArray[np.int64]
 
@@ -85,6 +87,7 @@ class Packer:
         self._encoder = encoder
         self._length = seq_len + 1
         self._cursor = cursor
+        self._batch = 1
         self._ready: deque[tuple[Document, Tokens]] = deque()
 
     @property
@@ -107,7 +110,8 @@ class Packer:
     def ended(self) -> bool:
         """Whether no token is left; looks one batch of documents ahead."""
         if not self._ready:
-            batch = list(islice(self._documents, BATCH))
+            batch = list(islice(self._documents, self._batch))
+            self._batch = min(2 * self._batch, LARGEST_BATCH)
             encoded = self._encoder.encode_batch([document.text for document in batch])
             self._ready.extend(zip(batch, encoded, strict=True))
         return not self._ready
