@@ -19,6 +19,7 @@ from pretrain_devcluster import (
     network,
     pki,
     preflight,
+    seeding,
     sysctls,
 )
 from pretrain_devcluster.binaries import Binaries
@@ -128,17 +129,30 @@ class Cluster:
     def build(
         self, source: Path, targets: Sequence[str] = images.TARGETS, quiet: bool = False
     ) -> dict[str, str]:
-        """Builds targets of `source`/Dockerfile, pushes them, returns references by digest.
+        """Builds targets of `source`/Dockerfile and gives them to the registry and all nodes.
+
+        Returns:
+            References by digest, by target.
 
         Raises:
             CommandError: the build failed; the message has the end of its output.
         """
-        return images.build(self.layout, source, targets, Progress(quiet))
+        progress = Progress(quiet)
+        references = images.build(self.layout, source, targets, progress)
+        for target in targets:
+            self._seed(images.built_image(target))
+        progress.say("the images are in the registry and on the nodes")
+        return references
 
     def base_image(self, quiet: bool = False) -> str:
         """Makes the base image, pushes it and returns its reference by digest."""
         base = images.ensure_base(self.layout, Progress(quiet))
         return images.publish(self.layout, base, "pretrain-base")
+
+    def _seed(self, image: str) -> None:
+        layers = seeding.layers_of(self.layout, image)
+        running = [node for node in self.nodes if node.state == "running"]
+        _in_parallel(*(lambda node=node: seeding.seed(node, layers) for node in running))
 
 
 def _up(layout: Layout, nodes: int, progress: Progress) -> Cluster:
@@ -209,6 +223,7 @@ def down(layout: Layout, purge: bool, progress: Progress) -> None:
     with locked(layout, progress):
         progress.say("stopping every process")
         control.stop(layout)
+        control.collect_garbage(layout)
         network.remove_all()
         cgroups.remove_all()
         sysctls.restore(layout)
@@ -249,7 +264,7 @@ def locked(layout: Layout, progress: Progress) -> Iterator[None]:
 
 def _in_parallel(*actions: Callable[[], object]) -> None:
     """Runs actions at the same time; raises the first one's error once all have ended."""
-    with ThreadPoolExecutor(len(actions)) as pool:
+    with ThreadPoolExecutor() as pool:
         for future in [pool.submit(action) for action in actions]:
             future.result()
 

@@ -152,6 +152,16 @@ def stop(layout: Layout) -> None:
         daemons.stop(layout, name, sharply=True)
 
 
+def collect_garbage(layout: Layout) -> None:
+    """Removes images without a tag from the registry, which must be stopped: builds leave one each.
+
+    The tag moves on with every build, and nothing else refers to an image once the cluster is down.
+    """
+    config = layout.config / "registry.yml"
+    if config.exists() and (layout.registry / "docker").exists():
+        run("docker-registry", "garbage-collect", "--delete-untagged", config)
+
+
 def require_running(layout: Layout) -> None:
     """Raises DevclusterError when there is no cluster to talk to."""
     if daemons.running(layout, "kube-apiserver") is None:

@@ -17,7 +17,7 @@ from pretrain_devcluster import cgroups, configs, control, daemons, network, nod
 from pretrain_devcluster.binaries import Binaries
 from pretrain_devcluster.daemons import Daemon
 from pretrain_devcluster.layout import REGISTRY_ENDPOINT, Layout, NodeHost
-from pretrain_devcluster.shell import DevclusterError
+from pretrain_devcluster.shell import DevclusterError, run
 
 NodeState = Literal["running", "cut", "down"]
 
@@ -81,6 +81,25 @@ class Node:
         """Connects the node again."""
         self._require_running()
         network.connect(self.host, connected=True)
+
+    def ctr(self, *words: str) -> str:
+        """Runs containerd's own client on the node, where pods' images are, and returns its stdout.
+
+        Raises:
+            CommandError: it ended with a non-zero status.
+        """
+        self._require_running()
+        return run(*self._enter(), "ctr", "--namespace", "k8s.io", *words)
+
+    def on_machine(self, path: str) -> Path:
+        """Translates a path below one of the node's own folders to the machine's path."""
+        return self._own(path)
+
+    def _enter(self) -> list[str]:
+        """The node's process 1 is the only child of its daemon, and has the node's mounts."""
+        pid = daemons.running(self.layout, self.name)
+        init = Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+        return ["nsenter", f"--target={init}", "--mount", "--"]
 
     def _require_running(self) -> None:
         if self.state == "down":
