@@ -22,7 +22,11 @@ from pretrain_devcluster.layout import Layout
 
 # A model that two busy cores train in a few steps per second: slow enough to be hit in the middle.
 SPEC: dict[str, Any] = {
-    "model": {"name": "llama3", "flavor": "debugmodel"},
+    "model": {
+        "name": "llama3",
+        "flavor": "debugmodel",
+        "hfAssetsPath": f"{names.SAMPLE_DIR}/tokenizer",
+    },
     "training": {
         "dataset": "text",
         "datasetPath": f"{names.SAMPLE_DIR}/text",
