@@ -254,4 +254,7 @@ class PretrainJob(BaseModel):
         }
         sections["training"] = self.spec.training.model_copy(update=frozen)
         sections["job"] = self.spec.job.model_copy(update={"dump_folder": output_dir})
-        return RunConfig.model_construct(**sections)
+        if "hf_assets_path" not in self.spec.model.model_fields_set:
+            tokenizer = {"hf_assets_path": f"{sample_dir}/tokenizer"}
+            sections["model"] = self.spec.model.model_copy(update=tokenizer)
+        return RunConfig(**sections)

@@ -171,8 +171,8 @@ def test_dataset_is_required() -> None:
         ),
         (
             {"checkpoint": {"keep_latest_k": 1}},
-            "checkpoint.keep_latest_k: 1 would leave nothing if the newest is damaged; use 0 for all "
-            "or at least 2",
+            "checkpoint.keep_latest_k: 1 would leave nothing if the newest is damaged; use 0 "
+            "for all or at least 2",
         ),
         (
             {"checkpoint": {"create_seed_checkpoint": True}},
