@@ -24,7 +24,7 @@ def build_model(model: Model, vocab_size: int, seq_len: int, dtype: torch.dtype)
         dtype: of the parameters.
 
     Raises:
-        BadInputError: for an unknown family or flavor, or a tokenizer that doesn't fit.
+        BadInputError: for an unknown family, or a tokenizer or sequence that doesn't fit.
     """
     build = FAMILIES.get(model.name)
     if build is None:
@@ -41,10 +41,7 @@ def build_model(model: Model, vocab_size: int, seq_len: int, dtype: torch.dtype)
 
 def build_llama3(flavor: str, vocab_size: int, seq_len: int) -> Llama3:
     """A Llama 3.1 of a published or debug size."""
-    shape = llama3_flavors.FLAVORS.get(flavor)
-    if shape is None:
-        known = ", ".join(llama3_flavors.FLAVORS)
-        raise BadInputError(f"model.flavor: llama3 has no flavor {flavor!r}; it has {known}")
+    shape = llama3_flavors.FLAVORS[flavor]  # the configuration was checked against the table
     if shape.vocab_size is None:
         shape = dataclasses.replace(shape, vocab_size=vocab_size)
     elif vocab_size > shape.vocab_size:
