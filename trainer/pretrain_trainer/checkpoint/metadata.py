@@ -22,7 +22,15 @@ from .errors import DamagedError
 
 SIZE_LIMIT = 1 << 30  # bytes; the table of a 405B model on 16,384 ranks is about a third of this
 
-_ALLOWED: dict[tuple[str, str], Any] = {
+
+def _member(kind: Any, name: str) -> dcp._MEM_FORMAT_ENCODING:
+    """Stands in for getattr, which is how Python 3.11.0 to 3.11.3 pickles a member of an enum."""
+    if kind is not dcp._MEM_FORMAT_ENCODING:
+        raise DamagedError(f".metadata asks for {name} of {kind}, which has no place there")
+    return dcp._MEM_FORMAT_ENCODING[name]
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {("builtins", "getattr"): _member} | {
     (kind.__module__, kind.__qualname__): kind
     for kind in (
         dcp.Metadata,
