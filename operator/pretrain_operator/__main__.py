@@ -36,9 +36,11 @@ class QueueNudge(handlers.Nudge):
         self._metrics = metrics
 
     def changed(self, key: Key) -> None:
+        """A round for it, soon."""
         self._queue.add(key)
 
     def deleted(self, key: Key) -> None:
+        """Nothing about it is kept."""
         self._queue.forget(key)
         self._metrics.forget(*key)
 
@@ -60,6 +62,8 @@ async def operate(settings: Settings) -> None:
             sites = await serve(settings, metrics, queue)
             await wait_for_crd(cluster)
             rounds = asyncio.create_task(queue.run(), name="work queue")
+            # In the end kopf waits for every task that is younger than itself.
+            await asyncio.sleep(0)
             registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
             try:
                 await handlers.run(registry, settings.namespaces)

@@ -41,6 +41,7 @@ def _wants_owner(job: PretrainJob) -> bool:
 
 
 def create_pods(seen: Observation, job: PretrainJob) -> list[Action]:
+    """Pods of members that have none, once the wait after a failure is over."""
     assignment = seen.status.assignment
     if assignment and assignment.not_before and seen.now < assignment.not_before:
         return []
@@ -83,6 +84,7 @@ def assignment_for(seen: Observation, member: Member) -> str | None:
 
 
 def tidy(seen: Observation, reason: str) -> tuple[Action, ...]:
+    """Send away who has no place any more, and drop what nobody will look at."""
     return (
         *(delete_pod(pod, reason) for pod in cleanup.strays(seen)),
         *(delete_pod(pod, "Superseded") for pod in cleanup.exhibits_to_drop(seen)),
@@ -90,4 +92,5 @@ def tidy(seen: Observation, reason: str) -> tuple[Action, ...]:
 
 
 def delete_pod(pod: Pod, reason: str) -> Delete:
+    """Delete exactly this pod; its trainer saves and leaves."""
     return Delete(Kind.POD, pod.name, pod.uid, reason)

@@ -145,6 +145,7 @@ class HttpCluster:
         await self._client.close()
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Body:
+        """See Cluster."""
         return await self._call("GET", _path(kind, namespace, name))
 
     async def list(self, kind: Kind, namespace: str, selector: str) -> list[Body]:
@@ -161,15 +162,19 @@ class HttpCluster:
         return any(item["name"] == names.PLURAL for item in found["resources"])
 
     async def create(self, kind: Kind, namespace: str, body: Body) -> Body:
+        """See Cluster."""
         return await self._call("POST", _path(kind, namespace), body)
 
     async def patch(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        """See Cluster."""
         return await self._call("PATCH", _path(kind, namespace, name), patch)
 
     async def patch_status(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
+        """See Cluster."""
         return await self._call("PATCH", _path(kind, namespace, name) + "/status", patch)
 
     async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
+        """See Cluster."""
         options: Body = {"propagationPolicy": "Background"}
         if uid is not None:
             options["preconditions"] = {"uid": uid}

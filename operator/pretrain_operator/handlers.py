@@ -31,6 +31,7 @@ class PodCache:
         self._index = index
 
     def __call__(self, key: Key) -> Iterable[Mapping[str, Any]]:
+        """The pods of one job; none before the watch has begun."""
         if self._index is None or key not in self._index:
             return ()
         return tuple(self._index[key])
@@ -51,7 +52,7 @@ class Nudge:
 def build_registry(cache: PodCache, nudge: Nudge) -> kopf.OperatorRegistry:
     """The handlers of one operator, apart from those of any other in the process."""
     registry = kopf.OperatorRegistry()
-    pods = {"registry": registry, "labels": {names.LABEL_JOB_UID: kopf.PRESENT}}
+    ours = {names.LABEL_JOB_UID: kopf.PRESENT}
 
     @kopf.on.startup(registry=registry, id="configure")
     async def _(settings: kopf.OperatorSettings, worker_pods: Index, **_: Any) -> None:
@@ -63,30 +64,32 @@ def build_registry(cache: PodCache, nudge: Nudge) -> kopf.OperatorRegistry:
         inside = kopf.login_with_service_account(**kwargs)
         return inside or kopf.login_with_kubeconfig(**kwargs)
 
-    @kopf.index("v1", "pods", id="worker_pods", **pods)
+    @kopf.index("v1", "pods", id="worker_pods", labels=ours, registry=registry)
     async def _(body: kopf.Body, **_: Any) -> dict[Key, Mapping[str, Any]] | None:
         key = job_of(body)
         return {key: dict(body)} if key else None
 
-    @kopf.on.event("v1", "pods", id="pod_changed", **pods)
+    @kopf.on.event("v1", "pods", id="pod_changed", labels=ours, registry=registry)
     async def _(body: kopf.Body, **_: Any) -> None:
         if key := job_of(body):
             nudge.changed(key)
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, id="job_changed", registry=registry)
-    async def _(event: kopf.RawEvent, namespace: str, name: str, **_: Any) -> None:
+    async def _(event: kopf.RawEvent, namespace: str | None, name: str | None, **_: Any) -> None:
+        key = (namespace or "", name or "")
         if event["type"] == "DELETED":
-            nudge.deleted((namespace, name))
+            nudge.deleted(key)
         else:
-            nudge.changed((namespace, name))
+            nudge.changed(key)
 
     return registry
 
 
 def job_of(body: Mapping[str, Any]) -> Key | None:
     """The job a worker pod says it belongs to."""
-    meta: Mapping[str, Any] = body.get("metadata") or {}
-    name = (meta.get("labels") or {}).get(names.LABEL_JOB)
+    meta: Mapping[str, Any] = body["metadata"]
+    labels: Mapping[str, str] = meta.get("labels", {})
+    name = labels.get(names.LABEL_JOB)
     return (meta["namespace"], name) if name else None
 
 

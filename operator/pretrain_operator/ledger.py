@@ -137,6 +137,7 @@ def _in_place_before(seen: Observation, leader: Pod) -> int:
 
 
 def without_members(status: JobStatus) -> JobStatus:
+    """Status in which nobody is a member; the number of the generation stays."""
     if status.assignment is None:
         return status
     alone = status.assignment.model_copy(update={"workers": (), "leader": None})

@@ -26,7 +26,7 @@ def apply_merge_patch(before: Json, patch: Json) -> dict[str, Any]:
     for key, new in patch.items():
         if isinstance(new, Mapping):
             old = before.get(key)
-            base = cast(Json, old) if isinstance(old, Mapping) else {}
+            base: Json = cast(Json, old) if isinstance(old, Mapping) else {}
             after[key] = apply_merge_patch(base, cast(Json, new))
         elif new is not None:
             after[key] = new

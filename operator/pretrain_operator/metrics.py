@@ -114,7 +114,7 @@ class Metrics:
                 self.restarts.labels(reason).inc(count - old.get(reason, 0))
         ended = (JobPhase.COMPLETE, JobPhase.FAILED)
         if after.phase in ended and after.completion_time and not before.completion_time:
-            self.finished.labels(after.phase.value).inc()
+            self.finished.labels(str(after.phase)).inc()
 
     def _count_phase(self, job: tuple[str, str], phase: JobPhase | None) -> None:
         before = self._phases.pop(job, None)

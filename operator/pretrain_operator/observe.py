@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -24,6 +24,8 @@ from pretrain_api.wire import TerminationMessage, WorkerStatus
 from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError, RefusedError
 from pretrain_operator.resources import claim_name, config_name, policy_name
 from pretrain_operator.settings import Settings
+
+Json = Mapping[str, Any]
 
 TERMINAL_PHASES = ("Succeeded", "Failed")
 
@@ -75,10 +77,12 @@ class Pod:
 
     @property
     def leaving(self) -> bool:
+        """It is being deleted; its ranks may be saving."""
         return self.kill_at is not None
 
     @property
     def alive(self) -> bool:
+        """It trains, or is about to."""
         return not self.over and not self.leaving
 
 
@@ -123,18 +127,22 @@ class Observation:
 
     @property
     def uid(self) -> str:
+        """UID of the job."""
         return self.meta.uid or ""
 
     @property
     def name(self) -> str:
+        """Name of the job."""
         return self.meta.name
 
     @property
     def namespace(self) -> str:
+        """Namespace of the job and all its children."""
         return self.meta.namespace or "default"
 
     @property
     def members(self) -> tuple[Member, ...]:
+        """Who trains together in the present generation."""
         return self.status.assignment.workers if self.status.assignment else ()
 
     def pod_of(self, member: Member) -> Pod | None:
@@ -146,6 +154,7 @@ class Observation:
 
     @property
     def leader_report(self) -> WorkerStatus | None:
+        """What the worker of rank 0 answered, in whatever generation it is."""
         return self.reports.get(self.members[0].pod) if self.members else None
 
 
@@ -160,7 +169,7 @@ class Job:
     managed_by: str | None
 
 
-def parse_job(body: Mapping[str, Any]) -> Job:
+def parse_job(body: Json) -> Job:
     """Parse a stored PretrainJob; an invalid spec becomes ``problems``, one sentence each.
 
     Raises pydantic.ValidationError if metadata or status are broken: the schema at the API server
@@ -168,7 +177,6 @@ def parse_job(body: Mapping[str, Any]) -> Job:
     """
     meta = ObjectMeta.model_validate(body.get("metadata", {}))
     status = JobStatus.model_validate(body.get("status") or {})
-    spec: Mapping[str, Any] = body.get("spec") or {}
     try:
         stored = {key: body[key] for key in ("apiVersion", "kind", "spec") if key in body}
         job = PretrainJob.model_validate(stored | {"metadata": body.get("metadata", {})})
@@ -177,16 +185,13 @@ def parse_job(body: Mapping[str, Any]) -> Job:
         job, problems = None, tuple(_sentence(item) for item in error.errors())
     if too_long := _name_problem(meta.name):
         job, problems = None, (too_long, *problems)
-    return Job(meta, job, problems, status, spec.get("managedBy"))
-
-
-MAX_NAME = 52  # a pod's host name is {job}-{index}-{generation} and ends at 63 characters
+    return Job(meta, job, problems, status, _part(body, "spec").get("managedBy"))
 
 
 def _name_problem(name: str) -> str | None:
-    if len(name) <= MAX_NAME:
+    if len(name) <= names.MAX_JOB_NAME:
         return None
-    return f"metadata.name: {name!r} has {len(name)} characters; use at most {MAX_NAME}"
+    return f"metadata.name: {name!r} has {len(name)} characters; use at most {names.MAX_JOB_NAME}"
 
 
 def _sentence(item: Any) -> str:
@@ -195,17 +200,16 @@ def _sentence(item: Any) -> str:
     return f"{where}: {message}" if where else message
 
 
-def parse_pod(body: Mapping[str, Any]) -> Pod | None:
+def parse_pod(body: Json) -> Pod | None:
     """Reduce a pod; None if its labels don't say which worker it is (then it isn't ours)."""
-    meta: Mapping[str, Any] = body.get("metadata") or {}
-    labels: Mapping[str, str] = meta.get("labels") or {}
+    meta, labels = _part(body, "metadata"), _part(body, "metadata", "labels")
     try:
         index = int(labels[names.LABEL_WORKER])
         created_in = int(labels[names.LABEL_GENERATION])
     except (KeyError, ValueError):
         return None
-    status: Mapping[str, Any] = body.get("status") or {}
-    conditions = {item["type"]: item for item in status.get("conditions") or ()}
+    status = _part(body, "status")
+    conditions = _conditions(body)
     container = _container(status)
     kill_at = _time(meta.get("deletionTimestamp"))
     grace = timedelta(seconds=meta.get("deletionGracePeriodSeconds") or 0)
@@ -218,10 +222,10 @@ def parse_pod(body: Mapping[str, Any]) -> Pod | None:
         created=_time(meta.get("creationTimestamp")) or datetime.fromtimestamp(0, UTC),
         phase=status.get("phase", "Pending"),
         reason=status.get("reason", ""),
-        node=(body.get("spec") or {}).get("nodeName"),
+        node=_part(body, "spec").get("nodeName"),
         ip=status.get("podIP"),
         ready=conditions.get("Ready", {}).get("status") == "True",
-        assignment=(meta.get("annotations") or {}).get(names.ANNOTATION_ASSIGNMENT),
+        assignment=_part(meta, "annotations").get(names.ANNOTATION_ASSIGNMENT),
         kill_at=kill_at,
         deleted_at=kill_at - grace if kill_at else None,
         disruption=disruption.get("reason") if disruption.get("status") == "True" else None,
@@ -230,33 +234,45 @@ def parse_pod(body: Mapping[str, Any]) -> Pod | None:
     )
 
 
-def belongs(body: Mapping[str, Any], job_uid: str) -> bool:
+def belongs(body: Json, job_uid: str) -> bool:
     """Whether a child was made for this very job, not for another one of the same name."""
     return _label(body, names.LABEL_JOB_UID) == job_uid
 
 
-def _label(body: Mapping[str, Any], key: str) -> str | None:
-    return ((body.get("metadata") or {}).get("labels") or {}).get(key)
+def _label(body: Json, key: str) -> str | None:
+    return _part(body, "metadata", "labels").get(key)
 
 
-def _container(status: Mapping[str, Any]) -> Mapping[str, Any]:
-    for container in status.get("containerStatuses") or ():
+def _part(body: Json, *path: str) -> Json:
+    """A mapping inside; empty where something on the way is missing or null."""
+    for key in path:
+        body = cast(Json, body.get(key) or {})
+    return body
+
+
+def _conditions(body: Json) -> dict[str, Json]:
+    found = cast(Iterable[Json], _part(body, "status").get("conditions") or ())
+    return {item["type"]: item for item in found}
+
+
+def _container(status: Json) -> Json:
+    for container in cast(Iterable[Json], status.get("containerStatuses") or ()):
         if container.get("name") == names.CONTAINER:
-            return container.get("state") or {}
+            return _part(container, "state")
     return {}
 
 
-def _trouble(conditions: Mapping[str, Any], container: Mapping[str, Any]) -> Trouble | None:
+def _trouble(conditions: Json, container: Json) -> Trouble | None:
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False":
         return Trouble(scheduled.get("reason", "Unschedulable"), scheduled.get("message", ""))
-    waiting = container.get("waiting") or {}
+    waiting = _part(container, "waiting")
     if waiting.get("reason") in (None, "", "ContainerCreating", "PodInitializing"):
         return None
     return Trouble(waiting["reason"], waiting.get("message", ""))
 
 
-def _exit(container: Mapping[str, Any]) -> Exit | None:
+def _exit(container: Json) -> Exit | None:
     ended = container.get("terminated")
     if not ended:
         return None
@@ -274,14 +290,14 @@ def _exit(container: Mapping[str, Any]) -> Exit | None:
     )
 
 
-def parse_claim(body: Mapping[str, Any], job_uid: str) -> Claim:
+def parse_claim(body: Json, job_uid: str) -> Claim:
     """Reduce a claim."""
-    meta: Mapping[str, Any] = body.get("metadata") or {}
-    owners: Iterable[Mapping[str, Any]] = meta.get("ownerReferences") or ()
+    meta = _part(body, "metadata")
+    owners = cast(Iterable[Json], meta.get("ownerReferences") or ())
     return Claim(
         name=meta["name"],
-        phase=(body.get("status") or {}).get("phase", "Pending"),
-        access_modes=tuple((body.get("spec") or {}).get("accessModes") or ()),
+        phase=_part(body, "status").get("phase", "Pending"),
+        access_modes=tuple(_part(body, "spec").get("accessModes") or ()),
         leaving=bool(meta.get("deletionTimestamp")),
         job_uid=_label(body, names.LABEL_JOB_UID),
         owned=any(owner.get("uid") == job_uid for owner in owners),
@@ -292,9 +308,7 @@ def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
 
 
-async def gather_pods(
-    cluster: Cluster, job: Job, cached: Iterable[Mapping[str, Any]]
-) -> tuple[Pod, ...]:
+async def gather_pods(cluster: Cluster, job: Job, cached: Iterable[Json]) -> tuple[Pod, ...]:
     """The job's pods by index and age; a member with a UID that the cache lacks is asked for."""
     uid, namespace = job.meta.uid or "", job.meta.namespace or "default"
     bodies = {body["metadata"]["name"]: body for body in cached if belongs(body, uid)}
@@ -347,9 +361,8 @@ async def gather_lost_nodes(cluster: Cluster, pods: Iterable[Pod]) -> frozenset[
     return frozenset(lost)
 
 
-def _is_ready(node: Mapping[str, Any]) -> bool:
-    conditions: Iterable[Mapping[str, Any]] = (node.get("status") or {}).get("conditions") or ()
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+def _is_ready(node: Json) -> bool:
+    return _conditions(node).get("Ready", {}).get("status") == "True"
 
 
 async def _find(cluster: Cluster, kind: Kind, namespace: str, name: str) -> Body | None:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 
 from pretrain_api import names
 from pretrain_api.job import PretrainJob
-from pretrain_api.status import JobStatus, Member
+from pretrain_api.status import JobStatus
 from pretrain_operator import children, ledger
 from pretrain_operator.actions import Action, Delete, Notice, Plan
 from pretrain_operator.cluster import Kind
@@ -162,31 +162,17 @@ def regroup(seen: Observation) -> Plan | None:
     cause = diagnosis.diagnose(seen)
     if cause is None:
         return None
-    verdict = restart.decide(cause, seen.status, _job(seen).spec.recovery, seen.now)
+    spec = _job(seen).spec
+    verdict = restart.decide(cause, seen.status, spec.recovery, seen.now)
     if isinstance(verdict, GiveUp):
         return _fail(seen, verdict, cause)
+    wait = (verdict.not_before - seen.now).total_seconds()
     kept = tuple(member for member in seen.members if not diagnosis.is_gone(seen, member))
-    return _new_generation(seen, cause, kept, verdict.not_before, verdict.charged)
-
-
-def resize(seen: Observation) -> Plan | None:
-    """Another number of workers: everybody saves and leaves, the new world resumes from there."""
-    wanted = _job(seen).spec.workers.replicas
-    if len(seen.members) in (0, wanted):
-        return None
-    cause = Cause("Resized", f"from {len(seen.members)} to {wanted} workers")
-    charged = seen.status.restarts.charged if seen.status.restarts else 0
-    return _new_generation(seen, cause, (), seen.now, charged)
-
-
-def _new_generation(
-    seen: Observation, cause: Cause, kept: tuple[Member, ...], at: datetime, charged: int
-) -> Plan:
-    size = _job(seen).spec.workers.replicas
-    wait = (at - seen.now).total_seconds()
-    status = ledger.with_restart(ledger.with_attempt(seen, cause), cause, charged)
+    status = ledger.with_attempt(seen, cause)
+    status = ledger.with_restart(status, cause, verdict.charged)
+    not_before = verdict.not_before if wait > 0 else None
     status = ledger.with_generation(
-        seen, status, size=size, kept=kept, not_before=at if wait > 0 else None
+        seen, status, size=spec.workers.replicas, kept=kept, not_before=not_before
     )
     said = f"{cause.message}; going on as generation {ledger.next_generation(seen)}"
     said += f" in {wait:.0f} s" if wait > 0 else ""
@@ -290,7 +276,6 @@ CHECKLIST: tuple[Callable[[Observation], Plan | None], ...] = (
     suspend,  # by wish
     expire,  # out of time
     regroup,  # a member is gone: restart or give up
-    resize,  # another number of workers is wanted
     hold,  # the volume can't be used
     begin,  # nobody is a member yet
     meet,  # all are there: name the leader

@@ -26,7 +26,8 @@ def report(seen: Observation) -> tuple[JobStatus, tuple[Notice, ...]]:
         status = mark(seen, status, names.RUNNING, value, reason, message)
     if value:
         status = mark(seen, status, names.RESTARTING, False, reason, message)
-    return view(seen, status), _news(seen, status, value, reason, message)
+    status = view(seen, status)
+    return status, _news(seen, status, value, reason, message)
 
 
 def _news(
@@ -34,9 +35,9 @@ def _news(
 ) -> tuple[Notice, ...]:
     before, after = seen.status.progress, status.progress
     news: list[Notice] = []
-    if after and after.resumed_from is not None:
-        if before is None or before.resumed_from != after.resumed_from:
-            news.append(Notice("ResumedFrom", f"checkpoint of step {after.resumed_from}"))
+    resumed = after.resumed_from if after else None
+    if resumed is not None and (before is None or before.resumed_from != resumed):
+        news.append(Notice("ResumedFrom", f"checkpoint of step {resumed}"))
     skipped = status.checkpoint.skipped if status.checkpoint else ()
     known = seen.status.checkpoint.skipped if seen.status.checkpoint else ()
     news += [

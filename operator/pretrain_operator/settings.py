@@ -4,11 +4,12 @@ A variable that can't be read is an error that names it; an unknown one is too, 
 otherwise go unnoticed.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 PREFIX = "PRETRAIN_OPERATOR_"
 
@@ -100,14 +101,12 @@ def _image(text: str) -> str:
 
 def _peers(text: str) -> tuple[dict[str, Any], ...]:
     try:
-        peers = json.loads(text or "[]")
-    except ValueError as error:
-        raise ValueError(f"is no JSON: {error}") from error
-    if not isinstance(peers, list) or not all(isinstance(peer, dict) for peer in peers):  # pyright: ignore[reportUnknownVariableType] - JSON
-        raise ValueError("must be a JSON list of network policy peers")
-    return tuple(peers)  # pyright: ignore[reportUnknownArgumentType] - JSON, checked above
+        return _PEERS.validate_json(text or "[]")
+    except ValidationError as error:
+        raise ValueError("must be a JSON list of network policy peers") from error
 
 
+_PEERS = TypeAdapter(tuple[dict[str, Any], ...])
 _PARSERS: Mapping[str, Any] = {
     "namespaces": _namespaces,
     "trainer_image": _image,

@@ -5,7 +5,7 @@ conditions here and nowhere else.
 """
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 from pretrain_api import names
@@ -17,6 +17,8 @@ from pretrain_operator.progress import report_of_leader, throttled
 
 INVALID = "Invalid"  # the one reason of Failed that heals
 STARTING_REASONS = ("WorkersStarting", "WorldStarting")
+# A leader that can't be asked (a network policy, a mesh) must not look like one that doesn't train.
+LEADER_SILENCE = timedelta(seconds=60)
 TRAINED_PHASES = (Phase.STEP, Phase.EVAL, Phase.SAVE, Phase.DONE)
 
 
@@ -48,8 +50,9 @@ def with_condition(
     now: datetime,
     generation: int | None,
 ) -> JobStatus:
-    """Status with one condition set. A condition that was never true is not added as false,
-    except Running, which everybody looks for.
+    """Status with one condition set.
+
+    One that was never true is not added as false, but for Running, which everybody looks for.
     """
     before = condition_of(status, kind)
     if before is None and not value and kind != names.RUNNING:
@@ -109,10 +112,16 @@ def training_state(seen: Observation) -> tuple[bool, str, str]:
     if assignment is None or assignment.leader is None or len(ready) < len(pods) or not pods:
         return False, "WorkersStarting", f"{len(ready)} of {len(pods)} workers are ready"
     report = report_of_leader(seen)
-    started = report is None or report.phase in TRAINED_PHASES
-    if started or holds(seen.status, names.RUNNING):
+    before = condition_of(seen.status, names.RUNNING)
+    if before and before.status == "True" and report is None:
+        return True, before.reason, before.message
+    if (before and before.status == "True") or (report and report.phase in TRAINED_PHASES):
         return True, "Training", f"generation {assignment.generation} trains"
-    return False, "WorldStarting", f"the leader is in phase {report.phase}"
+    if report is not None:
+        return False, "WorldStarting", f"the leader is in phase {report.phase}"
+    if assignment.announced and seen.now - assignment.announced < LEADER_SILENCE:
+        return False, "WorldStarting", "the leader has not reported yet"
+    return True, "LeaderSilent", "all workers are ready, but the leader's status can't be read"
 
 
 def sizes(pods: tuple[Pod, ...]) -> int:

@@ -50,6 +50,7 @@ class HttpWorkers:
             await self._session.close()
 
     async def ask(self, pods: Iterable[Pod]) -> Mapping[str, WorkerStatus]:
+        """See Workers."""
         asked = [pod for pod in pods if pod.ip and not pod.over]
         answers = await asyncio.gather(*(self._ask(pod.ip or "") for pod in asked))
         return {pod.name: said for pod, said in zip(asked, answers, strict=True) if said}

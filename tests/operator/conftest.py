@@ -1,6 +1,7 @@
 """Fixtures of the operator's tests."""
 
 import pytest
+
 from pretrain_operator.testing import Bench
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from pretrain_api import names
 from pretrain_api.status import JobPhase
 from pretrain_api.wire import CheckpointReport, ExitCode, Failure, Phase, Progress, Result
@@ -46,7 +47,7 @@ async def test_progress_reaches_status_and_is_written_at_most_every_ten_seconds(
     await bench.train()
     bench.report(Progress(), Phase.LOAD)
     await bench.settle()
-    assert bench.condition(names.RUNNING) == ("True", "Training")  # no report means: pods decide
+    assert bench.condition(names.RUNNING) == ("False", "WorldStarting")
     bench.report(FORTY)
     await bench.settle()
     status = bench.status
@@ -79,6 +80,15 @@ async def test_running_waits_for_the_first_step(bench: Bench) -> None:
     bench.report(FORTY)
     await bench.settle()
     assert bench.status.phase is JobPhase.RUNNING
+
+
+async def test_a_leader_that_can_not_be_asked_does_not_hide_that_all_is_well(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    assert bench.condition(names.RUNNING) == ("False", "WorldStarting")
+    bench.cluster.advance(60)
+    await bench.settle()
+    assert bench.condition(names.RUNNING) == ("True", "LeaderSilent")
 
 
 async def test_the_leaders_word_completes_the_job_even_if_nobody_watched(bench: Bench) -> None:
@@ -128,6 +138,9 @@ async def test_a_deleted_pod_is_replaced_for_free_and_the_others_stay(bench: Ben
     assert status.restarts.by_reason == {"PodDeleted": 1}
     attempt = status.attempts[0]
     assert (attempt.step, attempt.checkpoint_step, attempt.lost_seconds) == (42, 40, 4.0)
+    assert bench.status.phase is JobPhase.RESTARTING
+    bench.report(FORTY)
+    await bench.settle()
     assert bench.condition(names.RESTARTING) == ("False", "Training")
 
 
@@ -424,14 +437,3 @@ async def test_an_invalid_spec_is_refused_once_and_heals(bench: Bench) -> None:
     await bench.train()
     assert bench.condition(names.FAILED) == ("False", "Valid")
     assert len(bench.cluster.pods()) == 2
-
-
-async def test_another_number_of_workers_makes_a_new_world(bench: Bench) -> None:
-    await bench.submit(workers={"replicas": 2, "minReplicas": 1, "maxReplicas": 2})
-    await bench.train()
-    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"workers": {"replicas": 1}}})
-    await bench.settle()
-    assert bench.member_pods() == ["llama-0-2"]
-    leaving = [p for p in bench.cluster.pods() if "deletionTimestamp" in p["metadata"]]
-    assert len(leaving) == 2
-    assert bench.status.restarts.by_reason == {"Resized": 1}

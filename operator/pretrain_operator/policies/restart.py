@@ -14,7 +14,7 @@ from pretrain_api.status import MAX_ATTEMPTS, Attempt, JobStatus
 from pretrain_operator.policies.diagnosis import Cause
 
 FREE_AT_ONCE = 2  # free restarts without progress that don't wait
-DELIBERATE = ("Suspended", "Resized")  # ends of an attempt that somebody asked for
+SUSPENDED = "Suspended"  # reason of an attempt that ended by wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def _recent(
         attempt
         for attempt in status.attempts
         if attempt.charged is charged
-        and attempt.reason not in DELIBERATE
+        and attempt.reason != SUSPENDED
         and attempt.ended > since
         and attempt.checkpoint_step == newest
     ]

@@ -104,6 +104,7 @@ def _container(job: PretrainJob, image: str) -> Body:
         "resources": _resources(workers.resources),
         "readinessProbe": {
             "httpGet": {"path": "/healthz", "port": names.HTTP_PORT},
+            "initialDelaySeconds": 2,
             "periodSeconds": 2,
             "timeoutSeconds": 2,
             "failureThreshold": 5,
