@@ -69,7 +69,7 @@ def _section(folder: Folder, promised: Manifest, table: Metadata, names: dict[st
         if inner:
             kind = [inner, str(tensor.dtype), list(tensor.shape)]
             total.update(json.dumps(kind).encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """What can go wrong with a checkpoint, told apart by what the trainer should do about it.
 
 Every message is one sentence that names the folder or file and, where a person has to act, what to
-do. The exit code follows from the bases: ``BadInputError`` and ``HopelessError`` are never retried. Errors
-travel between ranks as text (see :mod:`.peers`), so all ranks raise the same class.
+do. The exit code follows from the bases: ``BadInputError`` and ``HopelessError`` are never retried.
+Errors travel between ranks as text (see :mod:`.peers`), so all ranks raise the same class.
 """
 
 from pretrain_trainer.errors import BadInputError, HopelessError

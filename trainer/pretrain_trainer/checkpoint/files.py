@@ -74,7 +74,8 @@ def write_durably(path: Path, data: bytes) -> None:
 class ChunkWriter:
     """A new file, written once from front to back, synced and digested when it is closed.
 
-    It is the ``write``/``flush`` kind of object that torch.save accepts.
+    It is the ``write``/``flush`` kind of object that torch.save accepts. ``failure`` is the error
+    that the storage answered with, if it did.
 
     Raises:
         OSError: the file exists, or the storage failed; then nothing about the file is certain.
@@ -85,6 +86,7 @@ class ChunkWriter:
         self._buffer = bytearray(chunk_bytes)
         self._fill = 0
         self._digests: list[str] = []
+        self.failure: OSError | None = None
         self._beside = ThreadPoolExecutor(1, "digest")
 
     def __enter__(self) -> "ChunkWriter":
@@ -127,6 +129,9 @@ class ChunkWriter:
             value = self._beside.submit(digest, chunk)
             try:
                 _write_all(self._handle, chunk)
+            except OSError as error:
+                self.failure = error
+                raise
             finally:  # the digest must not look at a buffer that is going away
                 self._digests.append(value.result())
         self._fill = 0

@@ -55,10 +55,12 @@ class Save:
         folder = Path(self._on_first(lambda: str(self.root.begin(self.step))))
         try:
             promise = self._write(folder, state, replace)
-        except BaseException:
-            if self.peers.rank == 0:
-                self.root.discard(folder)
+        except SaveFailedError:
+            self._on_first(self.root.check)  # perhaps a newer generation cleared our folder away
             raise
+        finally:
+            if self.peers.rank == 0:
+                self.root.discard(folder)  # after a commit it is gone already
         self._read_back(promise)
         return promise
 

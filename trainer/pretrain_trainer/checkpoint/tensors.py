@@ -79,7 +79,12 @@ def _save(planner: DefaultSavePlanner, item: WriteItem, file: ChunkWriter) -> No
     tensor = data.detach().cpu()
     if tensor.untyped_storage().size() != tensor.nbytes:
         tensor = tensor.clone()  # torch.save would write the whole storage that this is a part of
-    torch.save(tensor, cast(IO[bytes], file))  # of IO, torch.save needs write and flush
+    try:
+        torch.save(tensor, cast(IO[bytes], file))  # of IO, torch.save needs write and flush
+    except RuntimeError as error:
+        if file.failure is not None:  # torch hides it behind a complaint about positions
+            raise file.failure from error
+        raise
 
 
 def _load(file: VerifiedFile, where: _StorageInfo, item: ReadItem) -> torch.Tensor:
