@@ -1,23 +1,40 @@
-"""A PretrainJob as kubectl shows it, reduced to what the demo tells about it. Pure."""
+"""A PretrainJob as kubectl shows it, reduced to what the demo tells about it. Pure.
+
+The status is written every few seconds at most. What the leader says about itself is fresher; it is
+used where the API server lets us read it, and done without where it doesn't.
+"""
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+from pydantic import ValidationError
+
+from pretrain_api import names
 from pretrain_api.status import CheckpointStatus, JobStatus
+from pretrain_api.wire import WorkerStatus
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A job's status at one moment."""
+    """A job at one moment: its status and, if known, what its leader said."""
 
     status: JobStatus
+    leader: WorkerStatus | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Snapshot":
+    def parse(cls, text: str) -> Self:
         """From the JSON of `kubectl get pretrainjob NAME -o json`."""
         document: dict[str, Any] = json.loads(text)
         return cls(JobStatus.model_validate(document.get("status") or {}))
+
+    def heard(self, answer: str) -> Self:
+        """The same with a leader's answer; without it if that is of another generation or none."""
+        try:
+            leader = WorkerStatus.model_validate_json(answer)
+        except ValidationError:
+            return self
+        return replace(self, leader=leader) if leader.generation == self.generation else self
 
     @property
     def phase(self) -> str:
@@ -26,17 +43,23 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, as last reported."""
+        """Optimizer steps done, as last heard."""
+        if self.leader and self.leader.progress.steps:
+            return self.leader.progress.step
         return self.status.progress.step if self.status.progress else 0
 
     @property
     def steps(self) -> int:
         """Optimizer steps in all, 0 while unknown."""
+        if self.leader and self.leader.progress.steps:
+            return self.leader.progress.steps
         return self.status.progress.steps if self.status.progress else 0
 
     @property
     def loss(self) -> float | None:
-        """Loss of the last reported step."""
+        """Loss of the last step heard of."""
+        if self.leader and self.leader.progress.loss is not None:
+            return self.leader.progress.loss
         return self.status.progress.loss if self.status.progress else None
 
     @property
@@ -47,6 +70,8 @@ class Snapshot:
     @property
     def resumed_from(self) -> int | None:
         """Step of the checkpoint the present run started from."""
+        if self.leader and self.leader.progress.resumed_from is not None:
+            return self.leader.progress.resumed_from
         return self.status.progress.resumed_from if self.status.progress else None
 
     @property
@@ -63,6 +88,11 @@ class Snapshot:
     def restarts(self) -> int:
         """Restarts of the world or of a pod."""
         return self.status.restarts.total if self.status.restarts else 0
+
+    def pod(self, index: int) -> str | None:
+        """Name of the pod that is worker ``index``, None before there is one."""
+        members = self.status.assignment.workers if self.status.assignment else ()
+        return next((member.pod for member in members if member.index == index), None)
 
     def holds(self, condition: str) -> bool:
         """Whether a condition of that type is True."""
@@ -85,7 +115,12 @@ class Snapshot:
             parts.append(f"checkpoint {self.checkpoint.step}")
         if self.restarts:
             parts.append(f"restarts {self.restarts}")
-        return "  ".join(parts)
+        return "  ".join(parts).rstrip()
+
+
+def status_path(namespace: str, pod: str) -> str:
+    """Where the API server forwards to a worker's /status."""
+    return f"/api/v1/namespaces/{namespace}/pods/{pod}:{names.HTTP_PORT}/proxy/status"
 
 
 def bar(done: int, total: int, width: int = 24) -> str:

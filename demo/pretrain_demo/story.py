@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pretrain_api import names
 from pretrain_demo.console import Console
 from pretrain_demo.install import ensure_namespace
-from pretrain_demo.job import Snapshot
+from pretrain_demo.job import Snapshot, status_path
 from pretrain_demo.target import DemoError, Target, repository
 
 NAMESPACE = "pretrain-demo"
@@ -102,9 +102,13 @@ def watch(
 
 def read(target: Target) -> Snapshot:
     """The job as it is now."""
-    return Snapshot.parse(
+    job = Snapshot.parse(
         target.kubectl("get", names.PLURAL, JOB, f"--namespace={NAMESPACE}", "-o", "json")
     )
+    leader = job.pod(0)
+    if leader is None or not job.holds(names.RUNNING):
+        return job
+    return job.heard(target.kubectl("get", "--raw", status_path(NAMESPACE, leader), check=False))
 
 
 def summary(job: Snapshot, kill: Kill) -> list[str]:

@@ -39,7 +39,7 @@ def running(step: int, saved: int | None, steps: int = 100) -> Snapshot:
 
 
 def test_a_job_nobody_has_seen_yet_is_pending() -> None:
-    assert Snapshot.parse("{}").line() == "Pending   "
+    assert Snapshot.parse("{}").line() == "Pending"
 
 
 def test_the_line_tells_how_far_it_is() -> None:
@@ -67,6 +67,17 @@ def test_the_summary_names_what_the_demo_promises() -> None:
     for part in ("100 of 100", "7.250 at first, 4.500 at last", "1 (PodDeleted 1)", "12.3"):
         assert part in text
     assert "step 100, 12.3 MB, checkpoint/step-100 in claim pair-checkpoint" in text
+
+
+def test_the_leader_knows_better_than_the_status() -> None:
+    job = Snapshot.parse(
+        '{"status": {"assignment": {"generation": 2}, "progress": {"step": 40, "steps": 100}}}'
+    )
+    fresh = '{"generation": 2, "progress": {"step": 47, "steps": 100, "loss": 3.5}}'
+    assert (job.heard(fresh).step, job.heard(fresh).loss) == (47, 3.5)
+    stale = '{"generation": 1, "progress": {"step": 55, "steps": 100}}'
+    for answer in (stale, "", "Error from server", '{"generation": 2}'):
+        assert job.heard(answer).step == 40
 
 
 def test_a_log_gets_each_line_once() -> None:

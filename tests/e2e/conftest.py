@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from pretrain_api import names
-from pretrain_api.wire import WorkerStatus
 from pretrain_demo.console import Console
 from pretrain_demo.install import ensure_namespace, install
-from pretrain_demo.job import Snapshot
+from pretrain_demo.job import Snapshot, status_path
 from pretrain_demo.target import DemoError, Target, devcluster
 from pretrain_devcluster import Cluster
 from pretrain_devcluster.layout import Layout
@@ -127,22 +126,21 @@ class Jobs:
 
     def pod(self, name: str, index: int) -> str:
         """Name of the pod that is worker ``index`` now."""
-        status = self.read(name).status
-        assert status.assignment is not None
-        return next(m.pod for m in status.assignment.workers if m.index == index)
+        pod = self.read(name).pod(index)
+        assert pod is not None
+        return pod
 
-    def worker(self, name: str, index: int = 0) -> WorkerStatus:
-        """What a worker says about itself, through the API server."""
-        path = f"namespaces/{self.namespace}/pods/{self.pod(name, index)}:{names.HTTP_PORT}"
-        answer = self.target.kubectl("get", "--raw", f"/api/v1/{path}/proxy/status", check=False)
-        return WorkerStatus.model_validate_json(answer or "{}")
+    def hear(self, name: str) -> Snapshot:
+        """The job as its leader sees it, seconds before the status tells."""
+        path = status_path(self.namespace, self.pod(name, 0))
+        return self.read(name).heard(self.target.kubectl("get", "--raw", path, check=False))
 
     def wait_for_step(self, name: str, step: int, seconds: float = 240) -> None:
         """Until the leader has passed a step, seen at the source instead of in the status."""
         deadline = time.monotonic() + seconds
         self.wait(name, lambda job: job.holds(names.RUNNING), seconds)
-        while self.worker(name).step < step:
-            if time.monotonic() > deadline or self.read(name).holds(names.COMPLETE):
+        while (job := self.hear(name)).step < step:
+            if time.monotonic() > deadline or job.holds(names.COMPLETE):
                 pytest.fail(f"{name} was never seen after step {step}\n{self.story(name)}")
             time.sleep(0.1)
 
