@@ -230,14 +230,6 @@ def test_fewer_documents_than_streams_still_feeds_every_stream(
     assert not batch.ended
 
 
-def test_a_second_epoch_comes_in_another_order(
-    make_config: MakeConfig, tokenizer: Tokenizer
-) -> None:
-    config = make_config(epochs=2, local_batch_size=1, global_batch_size=1, seq_len=4096)
-    record, _ = train(World(config, tokenizer, 1))
-    assert len({digest for _, digest in record}) == len(record)
-
-
 def test_the_seed_decides_the_order(make_config: MakeConfig, tokenizer: Tokenizer) -> None:
     records = [train(World(make_config(seed=s), tokenizer, 1), steps=3)[0] for s in (None, 0, 1)]
     assert records[0] == records[1] != records[2]

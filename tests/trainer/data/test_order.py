@@ -67,6 +67,13 @@ def test_epochs_and_seeds_differ() -> None:
         assert (permute(np.arange(100), 100, seed, epoch) == base).sum() < 10
 
 
+def test_each_epoch_of_an_order_is_shuffled_anew() -> None:
+    places = Order(documents=100, streams=1, seed=0).places(stream=0, first=0, count=300)
+    first, second, third = ([p.document for p in places[n : n + 100]] for n in (0, 100, 200))
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert len({tuple(first), tuple(second), tuple(third), tuple(range(100))}) == 4
+
+
 def test_the_order_never_changes_between_releases() -> None:
     """Cursors in checkpoints point into this order: changing it needs new RULES in loader.py."""
     assert permute(np.arange(10), 10, seed=0, epoch=0).tolist() == [7, 0, 5, 9, 4, 3, 6, 8, 1, 2]

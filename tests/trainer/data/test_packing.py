@@ -45,6 +45,11 @@ def row(texts: list[str]) -> list[int]:
     return [token for tokens in Letters().encode_batch(texts) for token in tokens.tolist()]
 
 
+def named(texts: list[str], piece: Piece) -> list[int]:
+    """The tokens a piece says it is made of."""
+    return row([texts[piece.identity - 1000]])[piece.offset : piece.offset + piece.length]
+
+
 documents = st.lists(st.text("abc", max_size=40), min_size=1, max_size=60)
 lengths = st.integers(1, 50)
 
@@ -59,6 +64,7 @@ def test_windows_are_the_row_of_tokens_cut_without_overlap(texts: list[str], seq
         assert used == seq_len + 1 or packing.ended()
         assert window.tokens.shape == (seq_len + 1,)
         assert (window.tokens[used:] == EOS).all()
+        assert window.tokens[:used].tolist() == [t for p in window.pieces for t in named(texts, p)]
         tokens += window.tokens[:used].tolist()
     assert tokens == row(texts)
     assert packing.cursor == Cursor(len(texts))
