@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from pretrain_devcluster.layout import CGROUP
-from pretrain_devcluster.shell import wait_until
+from pretrain_devcluster.shell import DevclusterError, wait_until
 
 
 def hierarchies(mounts: str) -> list[Path]:
@@ -29,14 +29,16 @@ def ensure(cgroup: str) -> None:
     Args:
         cgroup: absolute path below the roots, such as `/pretrain/node1`.
     """
-    for root in _machine_hierarchies():
-        folder = root
+    roots = _machine_hierarchies()
+    for root in roots:
+        folders = [root]
         for part in Path(cgroup).parts[1:]:
-            _delegate(folder)
-            folder = folder / part
-            folder.mkdir(exist_ok=True)
-            _inherit_cpuset(folder)
-        _delegate(folder)
+            folders.append(folders[-1] / part)
+            folders[-1].mkdir(exist_ok=True)
+            _inherit_cpuset(folders[-1])
+        if len(roots) == 1:  # beside v1 hierarchies, v2 controls nothing
+            for folder in folders:
+                _delegate(folder)
 
 
 def _inherit_cpuset(folder: Path) -> None:
@@ -49,10 +51,14 @@ def _inherit_cpuset(folder: Path) -> None:
 
 def _delegate(folder: Path) -> None:
     """In v2 a group's children have only the controllers that the group hands down."""
-    available = folder / "cgroup.controllers"
-    if available.exists():
-        for controller in available.read_text().split():
-            (folder / "cgroup.subtree_control").write_text(f"+{controller}")
+    controllers = (folder / "cgroup.controllers").read_text().split()
+    try:
+        (folder / "cgroup.subtree_control").write_text(" ".join(f"+{each}" for each in controllers))
+    except OSError as error:
+        raise DevclusterError(
+            f"{folder} can't hand down controllers ({error.strerror}): where it holds processes of "
+            "its own, as in some containers, run on the machine itself"
+        ) from error
 
 
 def left() -> list[Path]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from pathlib import Path
 
 from pretrain_devcluster import daemons
 from pretrain_devcluster.layout import (
@@ -33,7 +32,7 @@ def namespaces() -> list[str]:
 
 def machine_connected() -> bool:
     """Tells whether the machine's end of the cable is there."""
-    return Path(f"/sys/class/net/{MACHINE_INTERFACE}").exists()
+    return succeeds("ip", "link", "show", MACHINE_INTERFACE)
 
 
 def check_subnet_free() -> None:

@@ -54,7 +54,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     }
     cluster.kubectl("apply", "-f", "-", text=json.dumps(document))
     yield NAMESPACE
-    cluster.kubectl("delete", "namespace", NAMESPACE)
+    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
 
 
 def claim(name: str) -> dict[str, object]:
