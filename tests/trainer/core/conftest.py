@@ -100,7 +100,7 @@ def run_until_killed(ranks: Callable[..., Any]) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty documents of 5 to 60 words."""
-    words = "the of light ray glass red blue angle refraction prism sun hole paper white".split()
+    words = ["the", "of", "light", "ray", "glass", "red", "blue", "angle", "refraction", "prism", "sun", "hole", "paper", "white"]
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
     texts = (" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(60))

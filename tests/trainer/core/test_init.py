@@ -19,9 +19,7 @@ from pretrain_trainer.world import joined_world
 CPU = torch.device("cpu")
 # Rows of 96 make blocks of 170 rows, which no shard's border respects; 5,001 rows can't be shared
 # evenly.
-SHAPE = LlamaShape(
-    dim=96, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=5001, multiple_of=32
-)
+SHAPE = LlamaShape(dim=96, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=5001, multiple_of=32)
 
 
 def initialised(config: RunConfig) -> tuple[dict[str, Tensor], int, int]:
