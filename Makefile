@@ -49,7 +49,8 @@ down: setup ## Remove that cluster; caches stay
 	@$(BIN)/python -m pretrain_devcluster down
 
 constraints: setup ## Renew constraints.txt within the bounds of pyproject.toml
-	$(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras pyproject.toml -o constraints.txt
+	@{ sed -n "/^#/p" constraints.txt; $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras pyproject.toml; } > constraints.new
+	@mv constraints.new constraints.txt
 
 # uv keeps unpacked packages in the user's cache and hard-links them: the second environment on a
 # machine takes seconds.
