@@ -18,6 +18,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,14 @@ class Corpus:
         Raises DataError if there are none, one can't be read, or they hold no document.
         """
         found = find_files(path, kind.endings)
-        scans = [_scan(file, kind) for _, file in found]
         self.files = [file for _, file in found]
-        self.digest = _digest(
-            (name, scan.digest) for (name, _), scan in zip(found, scans, strict=True)
-        )
-        self._starts = [scan.starts for scan in scans]
-        self._sizes = [scan.size for scan in scans]
-        self._firsts = np.cumsum([0] + [len(scan.starts) for scan in scans])
+        status = [_status(file) for file in self.files]
+        self._sizes = [known.st_size for known in status]
+        # One array, so that one file can hold it: digest, documents in each file, starts.
+        words = cached(_key(found, status, kind), lambda: _index(found, kind))
+        self.digest = words[:2].tobytes().hex()
+        self._firsts = np.cumsum([0, *words[2 : 2 + len(found)]])
+        self._starts = words[2 + len(found) :]
         self._open: OrderedDict[int, int] = OrderedDict()
         if not len(self):
             raise DataError(f"{path}: no document in {_count(self.files)}; add some text")
@@ -98,9 +99,10 @@ class Corpus:
     def _span(self, document: int) -> tuple[int, int, int]:
         """File, first byte and end of a document."""
         file = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        starts, index = self._starts[file], document - int(self._firsts[file])
-        end = int(starts[index + 1]) if index + 1 < len(starts) else self._sizes[file]
-        return file, int(starts[index]), end
+        following = document + 1
+        last = following == self._firsts[file + 1]
+        end = self._sizes[file] if last else int(self._starts[following])
+        return file, int(self._starts[document]), end
 
     def _descriptor(self, file: int) -> int:
         """An open descriptor; the one unused for longest is closed when there are too many."""
@@ -185,39 +187,50 @@ TEXT = Kind("text", (".txt",), split_text)
 JSONL = Kind("jsonl", (".jsonl", ".ndjson"), split_lines)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    starts: Starts
-    size: int
-    digest: str
+def _key(files: list[tuple[str, Path]], status: list[os.stat_result], kind: Kind) -> str:
+    """Changes whenever the index might: with names, places, sizes and times of the files."""
+    lines = [
+        f"{name} {path.absolute()} {known.st_ino} {known.st_size} {known.st_mtime_ns}"
+        for (name, path), known in zip(files, status, strict=True)
+    ]
+    return "\n".join([f"index 1 {kind.name}", *lines])
 
 
-def _scan(path: Path, kind: Kind) -> _Scan:
-    """Index one file, from the cache if nothing about the file has changed."""
-    descriptor = _open(path)
-    try:
-        status = os.fstat(descriptor)
-        if status.st_size == 0:
-            return _Scan(np.zeros(0, np.int64), 0, hashlib.blake2b(b"", digest_size=16).hexdigest())
-        identity = f"{path.resolve()}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
-        # The digest travels as the first two words of the array, so that one file holds both.
-        words = cached(f"1:{kind.name}:{identity}", lambda: _index(path, kind))
-    finally:
-        os.close(descriptor)
-    return _Scan(words[2:], status.st_size, words[:2].tobytes().hex())
-
-
-def _index(path: Path, kind: Kind) -> Starts:
-    data: Bytes = np.memmap(path, dtype=np.uint8, mode="r")
+def _index(files: list[tuple[str, Path]], kind: Kind) -> Starts:
+    """Two words of digest, then documents in each file, then where each document starts."""
     digest = hashlib.blake2b(digest_size=16)
-    for at in range(0, len(data), BLOCK):
-        digest.update(data[at : at + BLOCK].data)
-    return np.concatenate([np.frombuffer(digest.digest(), np.int64), kind.split(data)])
+    starts = []
+    for name, path in files:
+        data = _map(path)
+        digest.update(f"{len(data)} {name}\n".encode(errors="surrogateescape"))
+        for at in range(0, len(data), BLOCK):
+            digest.update(data[at : at + BLOCK].data)
+        starts.append(kind.split(data))
+    counts = np.array([len(found) for found in starts], np.int64)
+    return np.concatenate([np.frombuffer(digest.digest(), np.int64), counts, *starts])
+
+
+def _map(path: Path) -> Bytes:
+    if _status(path).st_size == 0:  # can't be mapped
+        return np.zeros(0, np.uint8)
+    with _readable(path):
+        return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def _status(path: Path) -> os.stat_result:
+    with _readable(path):
+        return path.stat()
 
 
 def _open(path: Path) -> int:
-    try:
+    with _readable(path):
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror}); mend the file") from error
 
@@ -226,11 +239,6 @@ def _blocks(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
     while size > 0 and (block := read(min(size, BLOCK))):
         size -= len(block)
         yield block
-
-
-def _digest(parts: Iterator[tuple[str, str]]) -> str:
-    text = "\n".join(f"{name}\0{digest}" for name, digest in parts)
-    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def _count(files: list[Path]) -> str:
