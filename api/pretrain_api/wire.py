@@ -99,8 +99,8 @@ class CheckpointReport(Wire):
 class SkippedCheckpoint(Wire):
     """A checkpoint that was not loaded, and the sentence that says why."""
 
-    step: int
-    reason: str
+    step: Annotated[int, Field(description="Its step.")]
+    reason: Annotated[str, Field(description="Why it was passed over, in a sentence.")]
 
 
 class Progress(Wire):

@@ -1,0 +1,153 @@
+"""The API server and pydantic say yes to the same jobs, and no to the same."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pretrain_api import crd, names
+from pretrain_api.job import JobSpec
+
+
+def pydantic_errors(spec: dict[str, Any]) -> list[str]:
+    try:
+        JobSpec.model_validate(spec)
+    except ValidationError as error:
+        return [f"{e['loc']}: {e['msg']}" for e in error.errors()]
+    return []
+
+
+def disagreement(spec: dict[str, Any], server: list[str]) -> str | None:
+    here = pydantic_errors(spec)
+    if bool(here) == bool(server):
+        return None
+    return f"{json.dumps(spec)}\n  pydantic: {here or 'yes'}\n  API server: {server or 'yes'}"
+
+
+def test_each_value_alone(stand_in: Any, specs: Any) -> None:
+    found = [disagreement(spec, stand_in.errors(spec)) for spec in specs(0, 0)]
+    assert not list(filter(None, found))
+
+
+def test_the_values_cover_yes_and_no(specs: Any) -> None:
+    verdicts = [bool(pydantic_errors(spec)) for spec in specs(0, 0)]
+    assert verdicts.count(True) > 50
+    assert verdicts.count(False) > 50
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_values_together(
+    stand_in: Any, values: dict[str, list[Any]], spec_with: Any, data: st.DataObject
+) -> None:
+    paths = data.draw(st.lists(st.sampled_from(sorted(values)), max_size=6, unique=True))
+    spec = spec_with({path: data.draw(st.sampled_from(values[path])) for path in paths})
+    assert disagreement(spec, stand_in.errors(spec)) is None
+
+
+ARITHMETIC = {
+    "workers.replicas": st.integers(1, 6),
+    "workers.processesPerWorker": st.integers(1, 4),
+    "training.localBatchSize": st.integers(1, 4),
+    "training.globalBatchSize": st.one_of(st.just(-1), st.integers(1, 48)),
+    "training.dataStreams": st.integers(1, 48),
+    "parallelism.dataParallelReplicateDegree": st.integers(1, 6),
+    "parallelism.dataParallelShardDegree": st.one_of(st.just(-1), st.integers(1, 12)),
+    "parallelism.fsdpReshardAfterForward": st.integers(1, 6),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(choices=st.fixed_dictionaries({}, optional=ARITHMETIC))
+def test_arithmetic(stand_in: Any, spec_with: Any, choices: dict[str, Any]) -> None:
+    spec = spec_with(choices)
+    assert disagreement(spec, stand_in.errors(spec)) is None
+
+
+OTHER_GROUP = f"agreement.{names.GROUP}"  # a cluster in use keeps the CRD it has
+
+
+def other_definition() -> dict[str, Any]:
+    """The CRD under a group of its own."""
+    definition = crd.definition()
+    definition["metadata"]["name"] = f"{names.PLURAL}.{OTHER_GROUP}"
+    definition["spec"]["group"] = OTHER_GROUP
+    for key in ("shortNames", "categories"):
+        del definition["spec"]["names"][key]
+    return definition
+
+
+def refusal(server: str, spec: dict[str, Any]) -> str | None:
+    """What a real API server says against a spec; nothing is stored."""
+    path = f"apis/{OTHER_GROUP}/{names.VERSION}/namespaces/default/{names.PLURAL}"
+    job = {
+        "apiVersion": f"{OTHER_GROUP}/{names.VERSION}",
+        "kind": names.KIND,
+        "metadata": {"name": "job"},
+        "spec": spec,
+    }
+    request = Request(
+        f"{server}/{path}?dryRun=All&fieldValidation=Strict",
+        data=json.dumps(job).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urlopen(request, timeout=30) as answer:
+            assert answer.status == HTTPStatus.CREATED
+    except HTTPError as error:
+        assert error.code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
+        return json.load(error)["message"]
+    return None
+
+
+@contextmanager
+def proxy(kubectl: list[str]) -> Iterator[str]:
+    """Address of the API server on this machine, without credentials."""
+    command = [*kubectl, "proxy", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield "http://" + process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    from pretrain_devcluster import Cluster
+
+    cluster = Cluster.up(quiet=True)
+    name = f"crd/{names.PLURAL}.{OTHER_GROUP}"
+    cluster.kubectl("apply", "--server-side", "-f", "-", text=json.dumps(other_definition()))
+    try:
+        cluster.kubectl("wait", "--for=condition=Established", name, "--timeout=60s")
+        kubectl = [str(cluster.layout.path / "kubectl"), f"--kubeconfig={cluster.kubeconfig}"]
+        with proxy(kubectl) as address:
+            yield address
+    finally:
+        cluster.kubectl("delete", name)
+
+
+def check_agreement(server: str, specs: list[dict[str, Any]], stand_in: Any) -> None:
+    said = [refusal(server, spec) for spec in specs]
+    found = [
+        disagreement(spec, [message] if message else [])
+        for spec, message in zip(specs, said, strict=True)
+    ]
+    assert not list(filter(None, found))
+    # The stand-in's licence: it says what the real one says.
+    assert [bool(stand_in.errors(spec)) for spec in specs] == list(map(bool, said))
+
+
+@pytest.mark.cluster
+def test_a_real_api_server_agrees(server: str, specs: Any, stand_in: Any) -> None:
+    check_agreement(server, specs(300, 7), stand_in)
