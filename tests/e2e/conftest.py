@@ -104,7 +104,7 @@ class Jobs:
     def read(self, name: str) -> Snapshot:
         return Snapshot.parse(self.kubectl("get", names.PLURAL, name, "-o", "json"))
 
-    def wait(self, name: str, until: Callable[[Snapshot], bool], seconds: float = 240) -> Snapshot:
+    def wait(self, name: str, until: Callable[[Snapshot], bool], seconds: float = 600) -> Snapshot:
         """The job as it is when a condition first holds; tells everything when it never does."""
         deadline = time.monotonic() + seconds
         while not until(job := self.read(name)):
@@ -114,10 +114,10 @@ class Jobs:
             time.sleep(0.5)
         return job
 
-    def complete(self, name: str, seconds: float = 300) -> Snapshot:
+    def complete(self, name: str, seconds: float = 600) -> Snapshot:
         return self.wait(name, lambda job: job.holds(names.COMPLETE), seconds)
 
-    def failed(self, name: str, seconds: float = 240) -> Snapshot:
+    def failed(self, name: str, seconds: float = 600) -> Snapshot:
         return self.wait(name, lambda job: job.holds(names.FAILED), seconds)
 
     def pods(self, name: str) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ class Jobs:
         path = status_path(self.namespace, self.pod(name, 0))
         return self.read(name).heard(self.target.kubectl("get", "--raw", path, check=False))
 
-    def wait_for_step(self, name: str, step: int, seconds: float = 240) -> None:
+    def wait_for_step(self, name: str, step: int, seconds: float = 600) -> None:
         """Until the leader has passed a step, seen at the source instead of in the status."""
         deadline = time.monotonic() + seconds
         self.wait(name, lambda job: job.holds(names.RUNNING), seconds)
