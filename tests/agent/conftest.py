@@ -18,7 +18,7 @@ import pytest
 
 from pretrain_agent import process, settings
 from pretrain_api import names
-from pretrain_api.wire import Assignment, TerminationMessage, WorkerStatus
+from pretrain_api.wire import Assignment, Order, TerminationMessage, WorkerStatus
 
 DEADLINE = 150.0  # a cold start takes 6 seconds alone and many times that on a busy machine
 POLL = 0.02
@@ -162,9 +162,7 @@ class World:
         self.workers[name] = worker
         return worker
 
-    def assign(
-        self, generation: int, *members: str, parked: tuple[str, ...] = (), **extra: Any
-    ) -> None:
+    def assign(self, generation: int, *members: str, parked: tuple[str, ...] = ()) -> None:
         """Give the members ranks in this order, the first being the leader."""
         leader = f"127.0.0.1:{self.workers[members[0]].meeting_port}"
         size, nonce = len(members), f"secret {generation}"
@@ -173,9 +171,15 @@ class World:
             self.write(
                 name,
                 Assignment(
-                    generation=generation, rank=rank, size=size, leader=leader, nonce=nonce, **extra
+                    generation=generation, rank=rank, size=size, leader=leader, nonce=nonce
                 ).to_json(),
             )
+
+    def order(self, name: str, order: Order) -> None:
+        """Add an order to the assignment that a worker has."""
+        text = (self.workers[name].folder / "assignment").read_text()
+        assignment = Assignment.model_validate_json(text)
+        self.write(name, assignment.model_copy(update={"orders": order}).to_json())
 
     def write(self, name: str, text: str) -> None:
         """Replace a worker's assignment file at once, as the kubelet does."""
@@ -213,6 +217,8 @@ class World:
         return sorted(notes, key=lambda note: note["rank"])
 
     until = staticmethod(until)
+    is_alive = staticmethod(alive)
+    environment = staticmethod(environment)
 
     def logs(self) -> str:
         return "\n".join(f"--- {name}\n{worker.log()}" for name, worker in self.workers.items())

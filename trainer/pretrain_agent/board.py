@@ -93,6 +93,8 @@ class Board:
     """The shared-memory board of one worker. See the module's docstring for the rules."""
 
     def __init__(self, memory: mmap.mmap) -> None:
+        if len(memory) < HEADER.size:
+            raise ValueError("the file is no board: too short")
         magic, layout, processes, _ = HEADER.unpack_from(memory)
         if (magic, layout) != (MAGIC, LAYOUT):
             raise ValueError("the file is no board of this release")
@@ -106,6 +108,8 @@ class Board:
             self._beats.append(Record(memory, end, BEAT.size))
             self._failures.append(Record(memory, self._beats[-1].end, FAILURE_BYTES))
             end = self._failures[-1].end
+        if len(memory) < end:
+            raise ValueError("the file is no board: too short")
 
     @classmethod
     def create(cls, path: Path, processes: int) -> Self:

@@ -4,6 +4,7 @@ Served by threads, so that a slow client never delays the meeting. Their number 
 connection has a deadline, because anybody who reaches the pod can open one.
 """
 
+import contextlib
 import socket
 import threading
 import time
@@ -56,7 +57,7 @@ class Endpoints(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Runs in the connection's thread."""
-        deadline = threading.Timer(CONNECTION_SECONDS, self.shutdown_request, (request,))
+        deadline = threading.Timer(CONNECTION_SECONDS, _hang_up, (request,))
         deadline.start()
         try:
             super().process_request_thread(request, client_address)
@@ -70,6 +71,12 @@ class Endpoints(ThreadingHTTPServer):
     def healthy(self) -> bool:
         """Whether the supervisor's loop turns."""
         return time.monotonic() - self.worker.turn < STALL_SECONDS
+
+
+def _hang_up(request: socket.socket) -> None:
+    """End a connection under the thread that reads from it; closing would not wake that up."""
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class Handler(BaseHTTPRequestHandler):

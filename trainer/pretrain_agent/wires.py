@@ -36,6 +36,7 @@ Message = TypeVar("Message")
 FRAME_BYTES = 16 * 1024  # longest line accepted; a report with a failure is under 3 KiB
 HELLO_SECONDS = 3.0  # within which a stranger must have introduced itself
 STRANGERS = 64  # connections without a valid hello at a time
+BACKLOG = 1024  # all agents of a large world connect within the same moment
 CONNECT_SECONDS = 1.0
 RETRY_SECONDS = 0.1
 
@@ -83,7 +84,9 @@ class MeetingServer:
 
     async def start(self, sock: socket.socket) -> None:
         """Accept connections on a listening socket."""
-        self._server = await asyncio.start_server(self._accept, sock=sock, limit=FRAME_BYTES)
+        self._server = await asyncio.start_server(
+            self._accept, sock=sock, limit=FRAME_BYTES, backlog=BACKLOG
+        )
 
     def host(self, meeting: Meeting | None, nonce: str) -> None:
         """Serve this meeting from now on, or none; members of another one are disconnected."""
