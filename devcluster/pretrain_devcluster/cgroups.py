@@ -7,6 +7,7 @@ makes the pods' groups below it and needs it to exist.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain_devcluster.layout import CGROUP
@@ -19,17 +20,21 @@ def hierarchies(mounts: str) -> list[Path]:
     return [Path(line[1]) for line in fields if line[2] in ("cgroup", "cgroup2")]
 
 
-def _machine_hierarchies() -> list[Path]:
+def machine_hierarchies() -> list[Path]:
+    """Finds the roots on this machine."""
     return hierarchies(Path("/proc/mounts").read_text())
 
 
-def ensure(cgroup: str) -> None:
+def ensure(cgroup: str, roots: Sequence[Path]) -> None:
     """Makes a group in every hierarchy, ready to have pods below it.
 
     Args:
         cgroup: absolute path below the roots, such as `/pretrain/node1`.
+        roots: where the hierarchies are mounted; a single one is v2.
+
+    Raises:
+        DevclusterError: a v2 group can't be made ready.
     """
-    roots = _machine_hierarchies()
     for root in roots:
         folders = [root]
         for part in Path(cgroup).parts[1:]:
@@ -63,7 +68,7 @@ def _delegate(folder: Path) -> None:
 
 def left() -> list[Path]:
     """Lists the cluster's group in each hierarchy where it still exists."""
-    return [root / CGROUP for root in _machine_hierarchies() if (root / CGROUP).exists()]
+    return [root / CGROUP for root in machine_hierarchies() if (root / CGROUP).exists()]
 
 
 def remove_all() -> None:

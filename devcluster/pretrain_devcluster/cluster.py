@@ -24,7 +24,7 @@ from pretrain_devcluster import (
 )
 from pretrain_devcluster.binaries import Binaries
 from pretrain_devcluster.layout import MAX_NODES, REGISTRY_ENDPOINT, Layout, node_host
-from pretrain_devcluster.node import Node, ready_nodes
+from pretrain_devcluster.node import Node, ready_nodes, remove_mount_points
 from pretrain_devcluster.shell import DevclusterError, Progress, run, wait_until
 
 # Made for one cluster and gone with it; images and binaries are kept for the next one.
@@ -227,6 +227,7 @@ def down(layout: Layout, purge: bool, progress: Progress) -> None:
         network.remove_all()
         cgroups.remove_all()
         sysctls.restore(layout)
+        remove_mount_points()
         _unmount_leftovers(layout)
         for name in _PER_CLUSTER:
             shutil.rmtree(layout.state / name, ignore_errors=True)

@@ -89,7 +89,10 @@ def daemon_names(layout: Layout, binaries: Binaries) -> list[str]:
 
 def start_storage(layout: Layout, binaries: Binaries) -> None:
     """Starts database, API server and registry, and returns when all of them answer."""
+    ours = {daemons.running(layout, name) for name in daemons.recorded(layout)}
     for host in (CONTROL, REGISTRY):
+        # Their records may have been deleted together with the cache: they would hold our ports.
+        daemons.kill_members(host.netns, spared=ours)
         network.ensure_host(host)
     for daemon in storage_daemons(layout, binaries):
         daemons.ensure(layout, daemon)

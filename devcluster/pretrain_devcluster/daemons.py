@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,11 +133,11 @@ def members(netns: str) -> Iterator[int]:
             continue  # hidden even from root, so it is none that we started
 
 
-def kill_members(netns: str) -> None:
-    """Kills whatever still runs in a namespace, recorded or not, and waits until it is gone."""
+def kill_members(netns: str, spared: Collection[int | None] = ()) -> None:
+    """Kills whatever runs in a namespace, except those spared, and waits until it is gone."""
 
     def emptied() -> bool:
-        left = list(members(netns))
+        left = [pid for pid in members(netns) if pid not in spared]
         for pid in left:
             _signal(pid, signal.SIGKILL)
         return not left

@@ -6,6 +6,7 @@ vanish in the same instant and nobody is told. `cut` pulls its cable: everything
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -22,7 +23,8 @@ from pretrain_devcluster.shell import DevclusterError, run
 NodeState = Literal["running", "cut", "down"]
 
 # Folders that the node's programs hard-code, each covered by one of the node's own.
-_COVERED = ("/var/lib/cni", "/var/lib/containerd", "/var/lib/kubelet", "/var/log")
+_MADE_TO_BE_COVERED = ("/var/lib/cni", "/var/lib/kubelet")
+_COVERED = (*_MADE_TO_BE_COVERED, "/var/lib/containerd", "/var/log")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Node:
         self.kill()
         self._write_configs(nodes)
         network.ensure_host(self.host)
-        cgroups.ensure(self.host.cgroup)
+        cgroups.ensure(self.host.cgroup, cgroups.machine_hierarchies())
         daemons.ensure(self.layout, self._daemon())
 
     def kill(self) -> None:
@@ -167,6 +169,13 @@ class Node:
             text = configs.kubelet(self.layout, self.host, memory, nodes or 1)
             self._file("kubelet.json").write_text(text)
         self._file("node.json").write_text(self._description())
+
+
+def remove_mount_points() -> None:
+    """Removes the folders of the machine that were made only to be covered, if they are empty."""
+    for folder in _MADE_TO_BE_COVERED:
+        with contextlib.suppress(OSError):  # not there, or somebody else's as it is not empty
+            Path(folder).rmdir()
 
 
 def pause_image(binaries: Binaries) -> str:

@@ -120,3 +120,16 @@ def test_lines_of_a_long_command_arrive_before_it_fails() -> None:
 def test_waiting_ends_with_what_was_waited_for() -> None:
     with pytest.raises(DevclusterError, match="until pigs fly"):
         wait_until(lambda: False, "pigs fly", 0.01, poll=0.001)
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_only_strangers_in_a_namespace_are_killed(
+    spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        monkeypatch.setattr(
+            daemons, "members", lambda _: [process.pid] if process.poll() is None else []
+        )
+        daemons.kill_members("any", spared={process.pid, None} if spare else ())
+        assert process.poll() == (None if spare else -signal.SIGKILL)
+        process.kill()

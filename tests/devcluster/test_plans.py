@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pretrain_devcluster import addons, cgroups, configs, layout, network, node, pki, preflight
+from pretrain_devcluster import (
+    addons,
+    cgroups,
+    configs,
+    layout,
+    network,
+    node,
+    pki,
+    preflight,
+    seeding,
+)
 from pretrain_devcluster.binaries import (
     HYPERKUBE_PROGRAMS,
     SOURCES,
@@ -228,6 +240,30 @@ def test_all_control_group_hierarchies_are_found(mounts: str, roots: list[str]) 
     assert cgroups.hierarchies(mounts) == [Path(root) for root in roots]
 
 
+def test_a_new_cpuset_gets_the_processors_of_its_parent(tmp_path: Path) -> None:
+    cpuset, memory = tmp_path / "cpuset", tmp_path / "memory"
+    for root in (cpuset, memory):
+        root.mkdir()
+    (cpuset / "cpuset.cpus").write_text("0-1\n")
+    group = cpuset / "pretrain" / "node1"
+    group.mkdir(parents=True)
+    for folder in (group.parent, group):  # the kernel makes these files, empty
+        (folder / "cpuset.cpus").touch()
+    cgroups.ensure("/pretrain/node1", [cpuset, memory])
+    assert (group / "cpuset.cpus").read_text() == "0-1\n"
+    assert (memory / "pretrain" / "node1").is_dir()
+
+
+def test_on_v2_every_group_hands_its_controllers_down(tmp_path: Path) -> None:
+    groups = [tmp_path, tmp_path / "pretrain", tmp_path / "pretrain" / "node1"]
+    groups[-1].mkdir(parents=True)
+    for folder in groups:
+        (folder / "cgroup.controllers").write_text("cpu memory\n")
+    cgroups.ensure("/pretrain/node1", [tmp_path])
+    handed = {(folder / "cgroup.subtree_control").read_text() for folder in groups}
+    assert handed == {"+cpu +memory"}
+
+
 def test_too_little_disk_is_one_sentence_with_numbers_and_a_remedy(folders: Layout) -> None:
     with pytest.raises(DevclusterError, match=r"the image needs \d+ GiB .* XDG_CACHE_HOME"):
         preflight.require_disk(folders, 2**60, "the image")
@@ -258,3 +294,40 @@ def test_ready_nodes_are_those_whose_condition_is_true() -> None:
 def test_a_new_build_brings_a_new_pause_image() -> None:
     first = Binaries(Path("/bin/hyperkube-aaa"), Path("/bin/tools-bbb"))
     assert node.pause_image(first) == "172.30.0.3:5000/pause:aaa"
+
+
+# Seeding
+
+
+def test_layers_are_named_by_all_that_is_below_them() -> None:
+    """Chain ids are defined by the OCI image specification; the digest here is worked by hand."""
+    images = [{"names": ["other"], "layer": "c"}, {"names": ["mine", "alias"], "layer": "b"}]
+    layers = [
+        {"id": "c", "parent": "b", "diff-digest": "sha256:3"},
+        {"id": "b", "parent": "a", "diff-digest": "sha256:2"},
+        {"id": "a", "diff-digest": "sha256:1"},
+    ]
+    lower, upper = seeding.chained(images, layers, "mine", Path("/storage"))
+    assert lower == seeding.Layer("sha256:1", "", Path("/storage/a/diff"))
+    assert upper.parent == "sha256:1"
+    assert upper.folder == Path("/storage/b/diff")
+    assert upper.chain == "sha256:" + hashlib.sha256(b"sha256:1 sha256:2").hexdigest()
+
+
+def test_an_image_that_was_not_built_is_named() -> None:
+    with pytest.raises(DevclusterError, match="nowhere:dev was not built here"):
+        seeding.chained([{"layer": "a"}], [], "nowhere:dev", Path("/storage"))
+
+
+@pytest.mark.parametrize(
+    ("mount", "folder"),
+    [
+        ({"Type": "bind", "Source": "/s/1/fs", "Options": ["rw", "rbind"]}, "/s/1/fs"),
+        (
+            {"Type": "overlay", "Source": "overlay", "Options": ["workdir=/w", "upperdir=/s/2/fs"]},
+            "/s/2/fs",
+        ),
+    ],
+)
+def test_a_snapshot_is_filled_where_it_is_written_to(mount: dict[str, Any], folder: str) -> None:
+    assert seeding.writable_folder(mount) == folder
