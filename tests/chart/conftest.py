@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pretrain_devcluster import Cluster
 from pretrain_devcluster.layout import Layout
 
 Render = Callable[..., list[dict[str, Any]]]
@@ -23,7 +23,7 @@ def helm() -> str:
     tools = Layout.default().path
     path = os.pathsep.join([os.environ.get("PATH", ""), str(tools)])
     if not shutil.which("helm", path=path):
-        subprocess.run([sys.executable, "-m", "pretrain_devcluster", "build"], check=True)
+        Cluster.up()
     program = shutil.which("helm", path=path)
     assert program is not None, f"no helm on PATH and none in {tools}"
     return program
