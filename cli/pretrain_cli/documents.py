@@ -111,7 +111,10 @@ class _Builder:
         self._left -= 1
         if self._left < 0:
             raise UnreadableError(f"{self._source}: holds more than {MAX_NODES} values")
-        self._lines.setdefault(path, node.start_mark.line + 1)
+        line = node.start_mark.line + 1
+        self._lines.setdefault(path, line)
+        if not node.tag.startswith("tag:yaml.org,2002:") or "/" in node.tag:
+            raise UnreadableError(f"{self._source}:{line}: tag {node.tag} is not read; remove it")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):

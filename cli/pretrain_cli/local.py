@@ -128,24 +128,28 @@ def _visible_gpus() -> int:
 
 
 def _supervise(environment: dict[str, str]) -> int:
-    """Run the agent until it ends, passing on the first signal and stopping at the second."""
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "pretrain_agent"],
-        env={**os.environ, **environment},
-        start_new_session=True,  # Ctrl-C reaches the agent through us alone, as one SIGTERM
-    )
-    asked = False
+    """Run the agent to its end: it saves at the first signal, and leaves at once at the second."""
+    agent: subprocess.Popen[bytes] | None = None
+    signals = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if not asked:
-            message = "saving and stopping; press Ctrl-C again to stop without saving"
-            print(f"\n{message}", file=sys.stderr)
-        agent.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
-        asked = True
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            print("\nsaving; press Ctrl-C again to stop without saving", file=sys.stderr)
+        if agent is not None:
+            agent.send_signal(signal.SIGTERM)
 
+    # Before the agent starts, so that no signal can leave it behind without us.
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "pretrain_agent"],
+            env={**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C reaches the agent through us alone, as a SIGTERM
+        )
+        if signals:
+            agent.send_signal(signal.SIGTERM)
         code = agent.wait()
     finally:
         for number, handler in before.items():

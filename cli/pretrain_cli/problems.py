@@ -100,10 +100,10 @@ def find_problems(model: type[BaseModel], data: Any, vocabulary: Vocabulary) -> 
     for _ in range(MAX_ROUNDS):
         problems = _round(model, remaining, vocabulary)
         found += [problem for problem in problems if not _is_echo(problem, taken)]
-        if not problems:
+        paths = [path for problem in problems if len(path := _not_yet(problem.path, taken)) > 1]
+        if not paths:
             break
-        for problem in problems:
-            path = _not_yet(problem.path, taken)
+        for path in paths:
             _take_out(remaining, path, len(taken))
             taken.add(path)
     return found
@@ -111,7 +111,7 @@ def find_problems(model: type[BaseModel], data: Any, vocabulary: Vocabulary) -> 
 
 def _not_yet(path: KeyPath, taken: set[KeyPath]) -> KeyPath:
     """The path, or what is around it: what is wrong without its value, is wrong because of it."""
-    while path in taken and len(path) > 1:
+    while path in taken and path:
         path = path[:-1]
     return path
 
@@ -187,7 +187,7 @@ def _take_out(data: Any, path: KeyPath, count: int) -> None:
     for part in parents:
         data = _child(data, part)
     if isinstance(data, dict) and last == "name":
-        data[last] = f"placeholder-{count}"
+        data[last] = f"placeholder{count}"
     elif isinstance(data, dict) and last in _PLACEHOLDERS:
         data[last] = copy.deepcopy(_PLACEHOLDERS[str(last)])
     elif isinstance(data, dict):
