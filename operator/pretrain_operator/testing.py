@@ -293,8 +293,9 @@ class Bench:
     async def train(self, report: Progress | None = None) -> None:
         """Settle, let every pod without an address start, and settle again."""
         await self.settle()
+        there = {pod["metadata"]["name"]: pod for pod in self.cluster.pods()}
         for name in self.member_pods():
-            if not self.cluster.pod(name).get("status", {}).get("podIP"):
+            if name in there and "podIP" not in there[name].get("status", {}):
                 self.cluster.start(name)
         await self.settle()
         if report is not None:

@@ -1,0 +1,253 @@
+"""The operator against a hostile cluster: Hypothesis plays users, nodes, crashes and a lazy watch.
+
+The rules do to one job whatever a cluster may do, in any order; the operator gets a round now and
+then, sometimes with an old view of the pods, and sometimes dies after any of its writes. The
+invariants hold after every step, and in the end, when the faults stop, the job must reach its end.
+"""
+
+import asyncio
+import copy
+import json
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from pretrain_api import names
+from pretrain_api.status import JobPhase
+from pretrain_api.wire import CheckpointReport, ExitCode, Phase, Progress, Result
+from pretrain_operator.cluster import ClusterError, Kind
+from pretrain_operator.testing import JOB, Bench, CrashError, message
+
+MAX_RESTARTS = 3
+GRACE_AND_MARGIN = 131
+SIZE = 3
+EXAMPLES = int(os.environ.get("PRETRAIN_TEST_EXAMPLES", "25"))
+
+
+class HostileCluster(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.bench = Bench()
+        self.cluster = self.bench.cluster
+        self.step = 0
+        self.finished: Any = None
+        self.charged = 0
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> None:
+        """One piece of the operator's work; a crash or a refused write ends it early."""
+        try:
+            self.loop.run_until_complete(work)
+        except (CrashError, ClusterError):
+            pass  # the next round is by a new operator that knows nothing
+        finally:
+            self.cluster.crash_in = None
+
+    def living(self) -> list[str]:
+        """Pods whose containers may run."""
+        return [
+            pod["metadata"]["name"]
+            for pod in self.cluster.pods()
+            if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
+        ]
+
+    @initialize(suspended=st.booleans())
+    def submit(self, suspended: bool) -> None:
+        recovery = {"maxRestarts": MAX_RESTARTS, "backoffSeconds": 5}
+        workers = {"replicas": SIZE}
+        self.loop.run_until_complete(
+            self.bench.submit(suspend=suspended, recovery=recovery, workers=workers)
+        )
+
+    # --- the operator ---------------------------------------------------------------------------
+
+    @rule()
+    def one_round(self) -> None:
+        self.run(self.bench.round())
+
+    @rule(writes=st.integers(1, 6))
+    def crash_between_writes(self, writes: int) -> None:
+        self.cluster.crash_in = writes
+        self.run(self.bench.settle())
+
+    @rule()
+    def settle_and_find_nothing_left_to_do(self) -> None:
+        self.bench.stale = None
+        self.loop.run_until_complete(self.bench.settle())
+        before = len(self.cluster.writes)
+        self.loop.run_until_complete(self.bench.round())
+        assert len(self.cluster.writes) == before
+
+    @rule()
+    def the_watch_stalls(self) -> None:
+        self.bench.stale = copy.deepcopy(self.cluster.pods())
+
+    @rule()
+    def the_watch_catches_up(self) -> None:
+        self.bench.stale = None
+
+    # --- the cluster ----------------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([1, 5, 40, GRACE_AND_MARGIN]))
+    def time_passes(self, seconds: int) -> None:
+        self.cluster.advance(seconds)
+
+    @precondition(lambda self: self.living())
+    @rule(data=st.data())
+    def a_pod_starts(self, data: st.DataObject) -> None:
+        self.cluster.start(data.draw(st.sampled_from(self.living())))
+
+    @precondition(lambda self: self.living())
+    @rule(data=st.data(), code=st.sampled_from([0, 1, 137, 143]))
+    def a_pod_ends(self, data: st.DataObject, code: int) -> None:
+        name = data.draw(st.sampled_from(self.living()))
+        result = Result.PREEMPTED if code == ExitCode.PREEMPTED else Result.FAILED
+        word = self.word(name)
+        said = message(result, generation=word["generation"], rank=word["rank"]) if word else ""
+        self.cluster.finish(name, code, said)
+
+    @precondition(lambda self: self.cluster.pods())
+    @rule(data=st.data(), graceful=st.booleans())
+    def a_pod_is_deleted(self, data: st.DataObject, graceful: bool) -> None:
+        names_ = [pod["metadata"]["name"] for pod in self.cluster.pods()]
+        name = data.draw(st.sampled_from(names_))
+        (self.cluster.remove if graceful else self.cluster.vanish)(Kind.POD, name)
+
+    @rule(suspended=st.booleans())
+    def a_user_suspends_or_resumes(self, suspended: bool) -> None:
+        self.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": suspended}})
+
+    @rule(kind=st.sampled_from([Kind.CONFIG_MAP, Kind.NETWORK_POLICY, Kind.CLAIM]))
+    def somebody_deletes_a_child(self, kind: Kind) -> None:
+        for body in self.cluster.all(kind):
+            self.cluster.vanish(kind, body["metadata"]["name"])
+
+    @precondition(lambda self: self.bench.status.assignment and self.bench.status.assignment.leader)
+    @rule(save=st.booleans())
+    def training_advances(self, save: bool) -> None:
+        self.step += 1
+        kept = CheckpointReport(step=self.step, time=1.0, path="x", bytes=1) if save else None
+        progress = Progress(step=self.step, steps=1000, step_seconds=1.0, checkpoint=kept)
+        self.bench.report(progress, Phase.STEP)
+
+    @precondition(lambda self: self.leader_running())
+    @rule()
+    def the_leader_completes(self) -> None:
+        self.complete()
+
+    # --- what must hold after every step ----------------------------------------------------------
+
+    def word(self, name: str) -> dict[str, Any] | None:
+        annotations = self.cluster.pod(name)["metadata"].get("annotations", {})
+        text = annotations.get(names.ANNOTATION_ASSIGNMENT)
+        return json.loads(text) if text else None
+
+    def leader_running(self) -> bool:
+        members = self.bench.member_pods()
+        return bool(members) and members[0] in self.living() and self.word(members[0]) is not None
+
+    def complete(self) -> None:
+        name = self.bench.member_pods()[0]
+        word = self.word(name) or {}
+        done = Progress(step=1000, steps=1000)
+        said = message(Result.COMPLETE, done, generation=word["generation"])
+        self.cluster.finish(name, 0, said)
+
+    @invariant()
+    def ranks_of_two_generations_never_run_side_by_side(self) -> None:
+        running = [
+            (pod, word)
+            for pod in self.cluster.pods()
+            if pod["metadata"]["name"] in self.living()
+            and (word := self.word(pod["metadata"]["name"]))
+        ]
+        if not running:
+            return
+        newest = max(word["generation"] for _, word in running)
+        members = self.bench.member_pods()
+        for pod, word in running:
+            meta = pod["metadata"]
+            leaving = "deletionTimestamp" in meta
+            # A member that has yet to hear, or a pod that was told to leave and given up on.
+            assert word["generation"] == newest or meta["name"] in members or leaving
+        places = [word["rank"] for _, word in running if word["generation"] == newest]
+        assert len(places) == len(set(places))
+
+    @invariant()
+    def a_pod_belongs_to_the_job_and_ranks_are_told_the_truth(self) -> None:
+        assignment = self.bench.status.assignment
+        for pod in self.cluster.pods():
+            word = self.word(pod["metadata"]["name"])
+            if word and assignment and word["generation"] == assignment.generation:
+                assert word["nonce"] == assignment.nonce
+                assert word["leader"] == assignment.leader
+                if assignment.workers:
+                    assert word["size"] == len(assignment.workers) == SIZE
+
+    @invariant()
+    def generations_only_grow_and_the_budget_holds(self) -> None:
+        status = self.bench.status
+        if status.restarts:
+            assert status.restarts.charged <= MAX_RESTARTS
+            assert sum(status.restarts.by_reason.values()) == status.restarts.total
+        generations = [attempt.generation for attempt in status.attempts]
+        assert generations == sorted(generations)
+
+    @invariant()
+    def a_finished_job_stays_as_it_is(self) -> None:
+        status = self.bench.status
+        if self.finished is not None:
+            assert status == self.finished
+        elif status.completion_time is not None:
+            self.finished = status
+
+    def teardown(self) -> None:
+        try:
+            self.the_faults_stop_and_the_job_gets_to_its_end()
+        finally:
+            self.loop.close()
+
+    def the_faults_stop_and_the_job_gets_to_its_end(self) -> None:
+        self.bench.stale = None
+        self.cluster.crash_in = None
+        if Kind.JOB not in {kind for kind, _, _ in self.cluster.objects}:
+            return
+        self.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": False}})
+        for _ in range(20):
+            if self.bench.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED):
+                break
+            self.loop.run_until_complete(self.bench.settle())
+            for name in self.living():
+                if "deletionTimestamp" in self.cluster.pod(name)["metadata"]:
+                    self.cluster.finish(name, ExitCode.PREEMPTED)
+            self.loop.run_until_complete(self.bench.train())
+            if self.leader_running():
+                self.complete()
+            self.cluster.advance(60)
+        assert self.bench.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
+        self.cluster.advance(60)
+        self.loop.run_until_complete(self.bench.settle())
+        left = [p for p in self.cluster.pods() if p["metadata"]["name"] in self.living()]
+        assert all("deletionTimestamp" in pod["metadata"] for pod in left)
+
+
+def test_any_order_of_faults_converges() -> None:
+    run_state_machine_as_test(
+        HostileCluster,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
