@@ -123,19 +123,6 @@ def split_batch(training: Training, dp: int) -> BatchPlan:
     )
 
 
-def legal_world_sizes(config: Sections, limit: int) -> tuple[int, ...]:
-    """World sizes up to ``limit`` in which degrees and batch come out even."""
-    return tuple(size for size in range(1, limit + 1) if _is_legal(config, size))
-
-
-def _is_legal(config: Sections, world_size: int) -> bool:
-    try:
-        batch_plan(config, world_size)
-    except MeshError:
-        return False
-    return True
-
-
 def _fits(fixed: dict[str, int], world_size: int) -> None:
     """The degrees other than sharding must divide the world; blame the first that doesn't."""
     left = world_size

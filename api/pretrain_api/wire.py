@@ -7,8 +7,9 @@ from which alone the end of a job is decided. All are small, versionless within 
 tolerant: an unknown field from a newer peer is ignored, a missing one has a default.
 """
 
+from bisect import bisect_left
 from enum import IntEnum, StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -161,11 +162,21 @@ class TerminationMessage(Wire):
     failure: Failure | None = None
 
     def to_bytes(self) -> bytes:
-        """JSON of at most 4096 bytes; the failure's text is cut, from its front, to make it fit."""
+        """JSON of at most 4096 bytes; of the failure's text the end is kept, as much as fits.
+
+        Characters that JSON escapes count as what they become, so the fitting length is searched.
+        """
         data = self.to_json().encode()
         if len(data) <= TERMINATION_MESSAGE_LIMIT or self.failure is None:
             return data
-        excess = len(data) - TERMINATION_MESSAGE_LIMIT
-        text = self.failure.message.encode()[min(2 * excess, len(self.failure.message.encode())) :]
-        short = self.failure.model_copy(update={"message": text.decode(errors="ignore")})
-        return self.model_copy(update={"failure": short}).to_json().encode()
+        text = self.failure.message
+        start = bisect_left(range(len(text)), True, key=lambda start: self._fits(text[start:]))
+        return self._with_message(text[start:]).to_json().encode()
+
+    def _fits(self, message: str) -> bool:
+        return len(self._with_message(message).to_json().encode()) <= TERMINATION_MESSAGE_LIMIT
+
+    def _with_message(self, message: str) -> Self:
+        assert self.failure is not None
+        failure = self.failure.model_copy(update={"message": message})
+        return self.model_copy(update={"failure": failure})

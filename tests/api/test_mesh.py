@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_api.config import RunConfig
-from pretrain_api.mesh import BatchPlan, Degrees, MeshError, batch_plan, legal_world_sizes, resolve
+from pretrain_api.mesh import BatchPlan, Degrees, MeshError, batch_plan, resolve
 
 
 def run(parallelism: dict[str, Any] | None = None, **training: Any) -> RunConfig:
@@ -169,9 +169,3 @@ def test_streams_are_whole_on_every_rank(total: int, streams: int, world: int) -
     else:
         assert plan.global_batch_size % plan.streams == 0
         assert plan.streams % plan.dp_degree == 0
-
-
-def test_legal_world_sizes_are_those_that_come_out_even() -> None:
-    config = run(local_batch_size=2, global_batch_size=24)
-    assert legal_world_sizes(config, 12) == (1, 2, 3, 4, 6, 12)
-    assert legal_world_sizes(run({"data_parallel_shard_degree": 4}), 8) == (4,)
