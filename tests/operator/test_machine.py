@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
 from pretrain_api import names
 from pretrain_api.status import JobPhase
 from pretrain_api.wire import CheckpointReport, ExitCode, Phase, Progress, Result

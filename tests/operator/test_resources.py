@@ -5,6 +5,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+
 from pretrain_api import names
 from pretrain_api.config import RunConfig
 from pretrain_api.job import PretrainJob

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from pretrain_api import names
 from pretrain_operator.cluster import Kind
 from pretrain_operator.testing import JOB, Bench

@@ -1,0 +1,143 @@
+"""The work queue: one round per key at a time, nothing lost, failures paced."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+from pretrain_operator.metrics import Metrics
+from pretrain_operator.queue import WorkQueue
+
+Round = Callable[[str], Awaitable[float | None]]
+
+
+class Expected(Exception):  # noqa: N818 - stands for any error
+    pass
+
+
+@asynccontextmanager
+async def running(reconcile: Round, workers: int = 3) -> AsyncIterator[WorkQueue[str]]:
+    queue = WorkQueue(reconcile, workers=workers, metrics=Metrics(), quiet=(Expected,))
+    task = asyncio.create_task(queue.run())
+    try:
+        yield queue
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - anything may make it true
+            await asyncio.sleep(0.005)
+
+
+async def test_rounds_of_one_key_never_overlap_and_news_in_a_round_cause_one_more() -> None:
+    gate, entered, running_now, rounds = asyncio.Event(), asyncio.Event(), Counter(), Counter()
+
+    async def reconcile(key: str) -> None:
+        running_now[key] += 1
+        assert running_now[key] == 1
+        rounds[key] += 1
+        entered.set()
+        await gate.wait()
+        running_now[key] -= 1
+
+    async with running(reconcile) as queue:
+        queue.add("a")
+        await asyncio.wait_for(entered.wait(), 10)
+        for _ in range(5):
+            queue.add("a")
+        queue.add("b")
+        await until(lambda: rounds["b"] == 1)  # another key is not held up
+        assert queue.longest_round > 0
+        gate.set()
+        await until(lambda: rounds["a"] == 2 and not queue.depth)
+        assert (rounds["a"], rounds["b"]) == (2, 1)
+
+
+async def test_keys_that_wait_already_are_not_added_twice() -> None:
+    rounds: Counter[str] = Counter()
+
+    async def reconcile(key: str) -> None:
+        rounds[key] += 1
+
+    async with running(reconcile) as queue:
+        for _ in range(5):
+            queue.add("a")
+        assert queue.depth == 1
+        await until(lambda: rounds["a"] == 1 and not queue.depth)
+
+
+async def test_the_earliest_wish_wins_and_news_cancel_it() -> None:
+    rounds: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def reconcile(key: str) -> None:
+        rounds.append(loop.time())
+
+    async with running(reconcile) as queue:
+        began = loop.time()
+        queue.add_after("a", 60)
+        queue.add_after("a", 0.05)
+        queue.add_after("a", 60)
+        await until(lambda: len(rounds) == 1)
+        assert rounds[0] - began < 30
+        queue.add_after("a", 60)
+        queue.add("a")
+        await until(lambda: len(rounds) == 2)
+
+
+async def test_a_failing_key_is_retried_with_growing_pauses_and_others_go_on() -> None:
+    times: list[float] = []
+    others: Counter[str] = Counter()
+    loop = asyncio.get_running_loop()
+
+    async def reconcile(key: str) -> None:
+        if key != "bad":
+            others[key] += 1
+            return
+        times.append(loop.time())
+        if len(times) < 4:
+            raise Expected("somebody else wrote") if len(times) % 2 else OSError("cut off")
+
+    async with running(reconcile, workers=1) as queue:
+        queue.add("bad")
+        queue.add("good")
+        await until(lambda: len(times) == 4)
+        assert others["good"] == 1
+        pauses = [after - before for before, after in pairwise(times)]
+        assert pauses[2] > pauses[1] > pauses[0] > 0.1
+
+
+async def test_a_round_that_hangs_is_ended() -> None:
+    rounds: Counter[str] = Counter()
+
+    async def reconcile(key: str) -> None:
+        rounds[key] += 1
+        if rounds[key] == 1:
+            await asyncio.Event().wait()
+
+    queue = WorkQueue(reconcile, workers=1, metrics=Metrics(), round_limit=0.05)
+    task = asyncio.create_task(queue.run())
+    queue.add("a")
+    await until(lambda: rounds["a"] == 2)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_forgotten_key_is_not_looked_at_again() -> None:
+    rounds: Counter[str] = Counter()
+
+    async def reconcile(key: str) -> float:
+        rounds[key] += 1
+        return 0.05
+
+    async with running(reconcile) as queue:
+        queue.add("a")
+        await until(lambda: rounds["a"] == 2)
+        queue.forget("a")
+        queue.add("b")
+        await until(lambda: rounds["b"] == 4)
+        assert rounds["a"] <= 3

@@ -1,0 +1,77 @@
+"""Asking workers: what they say, and that nothing they do is an error."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+import pytest
+from aiohttp import web
+
+from pretrain_api.wire import Phase, WorkerStatus
+from pretrain_operator import workers
+from pretrain_operator.observe import Pod
+from pretrain_operator.workers import HttpWorkers
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def pod(name: str = "a-0-1", ip: str | None = "127.0.0.1", phase: str = "Running") -> Pod:
+    return Pod(name, f"uid-{name}", 0, 1, datetime.now(UTC), phase=phase, ip=ip)
+
+
+@asynccontextmanager
+async def worker(handler: Handler) -> AsyncIterator[int]:
+    app = web.Application()
+    app.router.add_get("/status", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield site._server.sockets[0].getsockname()[1]
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_worker_is_understood_and_silent_ones_are_left_out() -> None:
+    status = WorkerStatus(generation=3, phase=Phase.SAVE, step=7)
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=status.to_json())
+
+    async with worker(answer) as port, HttpWorkers(port) as asker:
+        over, nowhere = pod("over", phase="Failed"), pod("nowhere", ip=None)
+        assert await asker.ask([pod(), over, nowhere]) == {"a-0-1": status}
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", '{"phase": "dancing"}', "x" * 10**6])
+async def test_nonsense_is_no_answer(text: str) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=text)
+
+    async with worker(answer) as port, HttpWorkers(port) as asker:
+        assert await asker.ask([pod()]) == {}
+
+
+async def test_errors_and_refused_connections_are_no_answer() -> None:
+    async def answer(_: web.Request) -> web.Response:
+        raise web.HTTPServiceUnavailable
+
+    async with worker(answer) as port, HttpWorkers(port) as asker:
+        assert await asker.ask([pod()]) == {}
+    async with HttpWorkers(port) as asker:
+        assert await asker.ask([pod()]) == {}
+
+
+async def test_a_worker_that_hangs_costs_no_more_than_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "TIMEOUT_SECONDS", 0.1)
+
+    async def answer(_: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    async with worker(answer) as port, HttpWorkers(port) as asker, asyncio.timeout(10):
+        assert await asker.ask([pod(), pod("b")]) == {}
