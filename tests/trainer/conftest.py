@@ -25,7 +25,7 @@ SERVER = Path(__file__).with_name("pool_server.py")
 ECHO_SECONDS = 5  # after one rank failed, for the others to say what they saw
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or hung; the message has the ranks' tracebacks."""
 
 
@@ -50,7 +50,7 @@ class Pool:
 
         Arguments and results must be of types that both processes can import.
 
-        Raises RankFailed if any rank does not return. Raising ranks are told apart by their
+        Raises RankError if any rank does not return. Raising ranks are told apart by their
         tracebacks, dead and hanging ones by having none.
         """
         from torch.distributed import TCPStore  # deferred: most tests need no torch here
@@ -74,7 +74,7 @@ class Pool:
             self._kill_ranks()
             lost = [rank for rank in range(size) if rank not in answers]
             text = "\n".join(f"rank {rank}: {failed[rank]}" for rank in sorted(failed))
-            raise RankFailed(f"{text}\nwithout an answer: {lost}")
+            raise RankError(f"{text}\nwithout an answer: {lost}")
         return [answers[rank][1] for rank in range(size)]
 
     def close(self) -> None:

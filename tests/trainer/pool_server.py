@@ -64,7 +64,8 @@ def load(path: str, modules: dict[str, ModuleType]) -> Any:
     """The module in a test file, which belongs to no package."""
     if path not in modules:
         spec = importlib.util.spec_from_file_location(f"rank_{len(modules)}", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         modules[path] = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = modules[path]
         spec.loader.exec_module(modules[path])

@@ -36,6 +36,11 @@ class Supervision:
         if self._board and self._rank == 0:
             self._board.put_progress(progress)
 
+    def known_progress(self) -> Progress:
+        """What an earlier start of this worker published; empty where there was none."""
+        known = self._board.progress() if self._board else None
+        return known or Progress()
+
     def last_words(self, exit_code: int, reason: str, message: str) -> None:
         """Say why this rank is about to die."""
         if self._board:

@@ -10,13 +10,12 @@ whole time since the last report, saves and waits included.
 import logging
 import math
 import time
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from pretrain_api.config import RunConfig
-from pretrain_api.wire import CheckpointReport, Progress
+from pretrain_api.wire import CheckpointReport, Progress, SkippedCheckpoint
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.state import TrainState
 from pretrain_trainer.step import StepReport
@@ -53,7 +52,7 @@ class Telemetry:
         config: says how often to report.
         world: this rank's place and device.
         model: says how much arithmetic a token is.
-        clock: seconds that never go back.
+        known: what was reported before a restart; it stands until something newer is known.
     """
 
     def __init__(
@@ -61,23 +60,33 @@ class Telemetry:
         config: RunConfig,
         world: World,
         model: LanguageModel,
-        clock: Callable[[], float] = time.monotonic,
+        known: Progress,
     ) -> None:
         self._config = config
         self._ranks = world.place.world_size
         self._flops_per_token = model.flops_per_token()
         on_gpu = world.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_gpu else None
-        self._clock = clock
-        self._since = clock()
+        self._since = time.monotonic()
         self._steps = 0
         self._tokens = 0
         self._reported = False
-        self.progress = Progress(steps=config.training.steps)
+        self.progress = known.model_copy(update={"steps": config.training.steps})
 
     def note(self, **changes: object) -> None:
         """Change fields of the progress that don't come from steps."""
         self.progress = self.progress.model_copy(update=changes)
+
+    def resumed(self, state: TrainState, skipped: tuple[SkippedCheckpoint, ...]) -> None:
+        """Training goes on from a checkpoint, past newer ones that were damaged."""
+        self.note(
+            step=state.step,
+            tokens=state.tokens,
+            first_loss=_number(state.first_loss),
+            ledger=state.ledger.hex(),
+            resumed_from=state.step,
+            skipped=skipped,
+        )
 
     def saved(self, report: CheckpointReport) -> None:
         """A checkpoint was committed."""
@@ -106,7 +115,7 @@ class Telemetry:
         return True
 
     def _summarise(self, report: StepReport, state: TrainState, loss: float) -> None:
-        elapsed = self._clock() - self._since
+        elapsed = time.monotonic() - self._since
         rate = self._tokens / elapsed
         self.note(
             step=state.step,
@@ -122,7 +131,7 @@ class Telemetry:
             ledger=state.ledger.hex(),
         )
         logger.info(log_line(self.progress), extra={"fields": log_fields(self.progress)})
-        self._since, self._steps, self._tokens = self._clock(), 0, 0
+        self._since, self._steps, self._tokens = time.monotonic(), 0, 0
 
 
 def log_line(progress: Progress) -> str:

@@ -48,15 +48,17 @@ def main(config_path: str) -> None:
 def run(config: RunConfig, world: World, supervision: Supervision) -> Order:
     """Build, load and train. Returns the order that ended training early, or NONE."""
     trainer = build_trainer(config, world, supervision)
+    ordered = Order.NONE
     if config.checkpoint.create_seed_checkpoint:
         trainer.save_seed()
     elif not trainer.resume():
         ordered = train(trainer)
-        if ordered != Order.NONE:
-            return ordered
-        trainer.save(last=True)
-    supervision.enter(Phase.DONE, trainer.state.step)
-    return Order.NONE
+        if ordered == Order.NONE:
+            trainer.save(last=True)
+    trainer.machine.loader.close()
+    if ordered == Order.NONE:
+        supervision.enter(Phase.DONE, trainer.state.step)
+    return ordered
 
 
 def train(trainer: Trainer) -> Order:
@@ -71,7 +73,8 @@ def train(trainer: Trainer) -> Order:
         if report is None:
             break
         ends = report.last or state.step == training.steps
-        trainer.report(report, last=ends)
+        leaves = report.agreed.order in (Order.DRAIN, Order.STOP)
+        trainer.report(report, last=ends or leaves)
         if phase == Phase.FIRST_STEP:
             shorten_timeouts(trainer.world, trainer.config.comm.train_timeout_seconds)
             phase = Phase.STEP
@@ -79,12 +82,12 @@ def train(trainer: Trainer) -> Order:
             gc.collect(1)
         if report.agreed.order == Order.STOP:
             return Order.STOP
-        if not ends and trainer.save_due(report.agreed.order):
-            trainer.save()
-        if report.agreed.order == Order.DRAIN and not ends:
-            return Order.DRAIN
-        if report.last:
+        if ends:
             break
+        if trainer.save_due(report.agreed.order):
+            trainer.save()
+        if leaves:
+            return Order.DRAIN
     return Order.NONE
 
 

@@ -61,12 +61,11 @@ class Trainer:
             return self._check_complete(found.step)
         if not found.complete:  # else a seed: weights for a run that starts at step 0
             restore(tensors, self.state, self.machine.loader)
-        if found.step is None and found.initial is None:
-            logger.info("no checkpoint found: training starts at step 0")
-            return False
-        source = found.initial or f"step-{found.step}"
-        logger.info("resumed from %s at step %d", source, self.state.step)
-        self.telemetry.note(resumed_from=found.step, step=self.state.step)
+        if found.step is not None:
+            self.telemetry.resumed(self.state, found.skipped)
+            self.supervision.report(self.telemetry.progress)
+        source = found.initial or (None if found.step is None else f"step-{found.step}")
+        logger.info("training starts at step %d, from %s", self.state.step, source or "scratch")
         return False
 
     def save_due(self, order: Order) -> bool:
@@ -131,6 +130,8 @@ class Trainer:
             )
         logger.info("training was complete at step %d: nothing left to do", step)
         self.state.step = step
+        self.telemetry.note(step=step, resumed_from=step)
+        self.supervision.report(self.telemetry.progress)
         return True
 
 
@@ -162,7 +163,7 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
         device=world.device,
         ranks=world.plan.dp_degree,
     )
-    telemetry = Telemetry(config, world, model)
+    telemetry = Telemetry(config, world, model, supervision.known_progress())
     checkpoints = open_checkpoints(config, world.place)
     return Trainer(config, world, machine, supervision, telemetry, checkpoints)
 

@@ -55,8 +55,7 @@ def joined_world(config: RunConfig, place: Place) -> Iterator[World]:
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=place.rank,
         world_size=place.world_size,
-        # A rank alone needs no peers to find; with peers, torchrun says where they meet.
-        store=dist.HashStore() if place.world_size == 1 else None,
+        store=lone_store() if place.world_size == 1 else None,
         timeout=timedelta(seconds=config.comm.init_timeout_seconds),
     )
     mesh = build_mesh(degrees, device)
@@ -71,6 +70,11 @@ def own_device(place: Place) -> torch.device:
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def lone_store() -> dist.Store:
+    """A store for a rank without peers; with peers, torchrun says where they meet."""
+    return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public, but not listed
 
 
 def make_deterministic(enabled: bool) -> None:

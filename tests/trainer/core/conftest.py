@@ -1,4 +1,4 @@
-"""Runs that take a second: the tiny model, 32 tokens, a few dozen documents, on the pool's ranks."""
+"""Runs that take a second: the tiny model, 32 tokens, a few dozen documents."""
 
 import json
 import logging
@@ -67,8 +67,8 @@ def run_main(config: RunConfig, kill_at: int | None) -> tuple[int, list[dict[str
     try:
         train.main(str(path))
         return 0, reports.found
-    except SystemExit as exit:
-        return int(exit.code or 0), reports.found
+    except SystemExit as ending:
+        return int(ending.code or 0), reports.found
     finally:
         train.run_step = real_step
         logging.getLogger("pretrain_trainer.telemetry").removeHandler(reports)
@@ -78,8 +78,8 @@ def run_main(config: RunConfig, kill_at: int | None) -> tuple[int, list[dict[str
 def run(ranks: Callable[..., Any]) -> Callable[..., Outcome]:
     """Runs the trainer's main() on so many ranks; the outcome of rank 0."""
 
-    def start(size: int, config: RunConfig, **environment: str) -> Outcome:
-        outcomes = ranks(size, run_main, config, None, environment=environment)
+    def start(size: int, config: RunConfig, timeout: float = 120, **environment: str) -> Outcome:
+        outcomes = ranks(size, run_main, config, None, timeout=timeout, environment=environment)
         assert len({code for code, _ in outcomes}) == 1
         return Outcome(*outcomes[0])
 
@@ -88,7 +88,7 @@ def run(ranks: Callable[..., Any]) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def run_until_killed(ranks: Callable[..., Any]) -> Callable[..., None]:
-    """The same, but one rank is killed before it starts a given step, and takes the others along."""
+    """The same, but one rank is killed before it starts a given step, and the others with it."""
 
     def start(size: int, config: RunConfig, kill_at: int) -> None:
         with pytest.raises(AssertionError, match="without an answer"):
@@ -100,7 +100,7 @@ def run_until_killed(ranks: Callable[..., Any]) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty documents of 5 to 60 words."""
-    words = ["the", "of", "light", "ray", "glass", "red", "blue", "angle", "refraction", "prism", "sun", "hole", "paper", "white"]
+    words = Path(__file__).read_text().split()  # any text will do
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
     texts = (" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(60))

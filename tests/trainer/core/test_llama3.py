@@ -132,7 +132,7 @@ def test_unknown_models_are_named() -> None:
 
 
 def test_limits_of_a_flavor() -> None:
-    with pytest.raises(BadInputError, match="tokenizer has 200000 tokens.* room for 128256"):
+    with pytest.raises(BadInputError, match=r"tokenizer has 200000 tokens.* room for 128256"):
         build_model(Model(flavor="8B"), 200_000, 8, torch.float32)
     with pytest.raises(BadInputError, match="seq_len: 131073 is beyond"):
         build_model(Model(flavor="8B"), 100, 131_073, torch.float32)

@@ -6,6 +6,7 @@ model get memory, so that no rank ever holds more than its shard.
 """
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pretrain_api.config import RunConfig
@@ -22,4 +23,12 @@ def parallelize(
     checkpoint_activations(model, config.activation_checkpoint)
     compile_blocks(model, config.compile)
     fsdp.shard(model, config, mesh)
-    model.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
+    give_memory(model, device, offload=config.training.enable_cpu_offload)
+
+
+def give_memory(model: nn.Module, device: torch.device, *, offload: bool) -> None:
+    """Replace meta tensors by uninitialised ones; offloading moves parameters, never buffers."""
+    model.to_empty(device="cpu" if offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -1,0 +1,217 @@
+"""How runs begin and end: orders, bad input, seeds, finite data, and what a start may load."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain_agent.board import Board
+from pretrain_api import names
+from pretrain_api.config import RunConfig
+from pretrain_api.wire import ExitCode, Order, Phase
+from pretrain_trainer.errors import BadInputError
+from pretrain_trainer.settings import Place, load_config
+
+Run = Callable[..., Any]
+MakeConfig = Callable[..., RunConfig]
+Saved = Callable[[RunConfig, int], dict[str, Tensor]]
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board.create(tmp_path / "board", processes=2)
+
+
+@pytest.fixture
+def supervised(board: Board, tmp_path: Path) -> dict[str, str]:
+    """Environment of ranks that see the board."""
+    assert board.processes == 2
+    return {names.ENV_BOARD: str(tmp_path / "board")}
+
+
+def checkpoints(config: RunConfig) -> list[str]:
+    root = Path(config.job.dump_folder) / config.checkpoint.folder
+    return sorted(path.name for path in root.glob("step-*"))
+
+
+def test_drain_saves_on_all_ranks_and_leaves(
+    run: Run, run_config: MakeConfig, board: Board, supervised: dict[str, str]
+) -> None:
+    config = run_config(checkpoint={"interval": 100})
+    board.order = Order.DRAIN
+    assert run(2, config, **supervised).code == ExitCode.PREEMPTED
+    assert checkpoints(config) == ["step-1"]
+    assert [beat.phase for beat in board.beats()] == [Phase.SAVE, Phase.SAVE]
+    progress = board.progress()
+    assert progress is not None
+    assert progress.checkpoint is not None
+    assert (progress.step, progress.checkpoint.step) == (1, 1)
+
+    board.order = Order.NONE
+    outcome = run(2, config, **supervised)
+    assert (outcome.code, list(outcome.losses)) == (0, [2, 3, 4])
+    assert [beat.phase for beat in board.beats()] == [Phase.DONE, Phase.DONE]
+    progress = board.progress()
+    assert progress is not None
+    assert progress.checkpoint is not None
+    assert (progress.step, progress.steps, progress.resumed_from) == (4, 4, 1)
+    assert (progress.checkpoint.step, progress.checkpoint.path) == (4, "checkpoint/step-4")
+    assert progress.first_loss != progress.loss
+
+
+def test_an_order_to_save_is_obeyed_once(
+    run: Run, run_config: MakeConfig, board: Board, supervised: dict[str, str]
+) -> None:
+    config = run_config(checkpoint={"interval": 100})
+    board.order = Order.SAVE
+    assert run(1, config, **supervised).code == 0
+    assert checkpoints(config) == ["step-1", "step-4"]
+
+
+def test_stop_leaves_at_once(
+    run: Run, run_config: MakeConfig, board: Board, supervised: dict[str, str]
+) -> None:
+    config = run_config()
+    board.order = Order.STOP
+    assert run(2, config, **supervised).code == ExitCode.PREEMPTED
+    assert checkpoints(config) == []
+
+
+BAD_INPUT: dict[str, tuple[int, dict[str, dict[str, Any]], str]] = {
+    "unknown model": (1, {"model": {"name": "llama9"}}, "there is no model 'llama9'"),
+    "missing tokenizer": (1, {"model": {"hf_assets_path": "/nowhere"}}, "/nowhere is no folder"),
+    "missing data": (1, {"training": {"dataset_path": "/nowhere"}}, "/nowhere"),
+    "batch not divisible": (2, {"training": {"global_batch_size": 3}}, "use -1 or 2 or 4"),
+    "impossible degree": (
+        2,
+        {"parallelism": {"data_parallel_shard_degree": 3}},
+        "2 ranks; use -1 or 2",
+    ),
+    "seed on several ranks": (
+        2,
+        {"checkpoint": {"create_seed_checkpoint": True}},
+        "needs checkpoint.enable and a single process",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_final(
+    run: Run, run_config: MakeConfig, board: Board, supervised: dict[str, str], name: str
+) -> None:
+    size, changes, sentence = BAD_INPUT[name]
+    assert run(size, run_config(**changes), **supervised).code == ExitCode.CONFIG
+    failure = board.failures()[0]
+    assert sentence in failure.message
+    assert "\n" not in failure.message
+    assert (failure.reason, failure.exit_code, failure.rank) == ("Config", ExitCode.CONFIG, 0)
+
+
+def test_configuration_errors_name_file_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with pytest.raises(BadInputError, match=r"run\.json: can't read the configuration: No"):
+        load_config(path)
+    path.write_text('{"training": {"dataset": "text", "seqlen": 3}}')
+    with pytest.raises(BadInputError, match=r"run\.json: training\.seqlen: .*seq_?[lL]en|Extra"):
+        load_config(path)
+
+
+def test_finite_data_ends_the_run_cleanly(
+    run: Run, run_config: MakeConfig, board: Board, supervised: dict[str, str], saved: Saved
+) -> None:
+    config = run_config(training={"steps": 10_000, "epochs": 1}, checkpoint={"interval": 1000})
+    outcome = run(2, config, **supervised)
+    assert outcome.code == 0
+    last = max(outcome.losses)
+    assert 4 < last < 1000
+    assert checkpoints(config) == [f"step-{last}"]
+    assert board.read(0).phase == Phase.DONE
+    assert saved(config, last)["train_state.step"] == last
+    assert run(2, config, **supervised).losses == {}  # started again, there is nothing left
+    assert board.read(0).phase == Phase.DONE
+
+
+def test_last_save_of_weights_alone(
+    run: Run, run_config: MakeConfig, saved: Saved, board: Board, supervised: dict[str, str]
+) -> None:
+    options = {"last_save_model_only": True, "export_dtype": "bfloat16"}
+    config = run_config(checkpoint=options)
+    run(1, config)
+    weights = saved(config, 4)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert "layers.0.attention.wq.weight" in weights
+    again = run(1, config, **supervised)
+    assert (again.code, again.losses) == (0, {})
+    progress = board.progress()
+    assert progress is not None
+    assert progress.step == 4
+    longer = run_config(checkpoint=options, training={"steps": 9})
+    assert run(1, longer, **supervised).code == ExitCode.CONFIG
+    assert "step-4, holds only weights" in board.failures()[0].message
+
+
+def test_seed_checkpoint_starts_other_layouts(run: Run, run_config: MakeConfig) -> None:
+    seed = run_config(checkpoint={"create_seed_checkpoint": True})
+    assert run(1, seed).code == 0
+    assert checkpoints(seed) == ["step-0"]
+    # Another seed of the run would start elsewhere, if the weights weren't loaded.
+    started = run(2, run_config())
+    other = run_config(job={"dump_folder": seed.job.dump_folder + "-other"})
+    assert started.losses == pytest.approx(run(1, other).losses, rel=1e-6)
+    assert list(started.losses) == [1, 2, 3, 4]
+
+
+def test_initial_weights_of_another_run(run: Run, run_config: MakeConfig, saved: Saved) -> None:
+    first = run_config()
+    run(1, first)
+    source = Path(first.job.dump_folder) / "checkpoint" / "step-4"
+    second = run_config(
+        job={"dump_folder": first.job.dump_folder + "-second"},
+        checkpoint={"initial_load_path": str(source), "enable_first_step_checkpoint": True},
+        optimizer={"lr": 0.0},
+    )
+    outcome = run(2, second)
+    assert list(outcome.losses) == [1, 2, 3, 4]
+    assert checkpoints(second) == ["step-1", "step-2", "step-4"]
+    ours, theirs = saved(second, 4), saved(first, 4)
+    name = "model.output.weight" if "model.output.weight" in ours else "output.weight"
+    assert torch.equal(ours[name], theirs[name])
+
+
+def test_options_of_a_beginning_apply_to_the_first_start_only(
+    run: Run, run_config: MakeConfig
+) -> None:
+    config = run_config(training={"steps": 6})
+    run(1, config)
+    again = run_config(training={"steps": 6}, checkpoint={"load_step": 2, "load_only": True})
+    assert list(run(1, again).losses) == [3, 4, 5, 6]
+    restarted = run(1, again, PRETRAIN_GENERATION="2")
+    assert restarted.losses == {}  # the newest, which is the last
+    fresh_data = run_config(
+        training={"steps": 6},
+        checkpoint={"load_step": 4, "load_only": True, "exclude_from_loading": ["data_loader"]},
+    )
+    assert run(1, fresh_data).losses.keys() == {5, 6}
+
+
+def test_place_without_torchrun_and_agent() -> None:
+    place = Place.from_environment({})
+    assert (place.rank, place.world_size, place.board, place.first_start) == (0, 1, None, True)
+    later = Place.from_environment({"PRETRAIN_GENERATION": "1", "PRETRAIN_ROUND": "2"})
+    assert not later.first_start
+
+
+@pytest.mark.parametrize("flavor", ["debugmodel"])
+def test_defaults_of_torchtitan_train_on_a_cpu(
+    run: Run, run_config: MakeConfig, flavor: str
+) -> None:
+    config = run_config(
+        model={"flavor": flavor},
+        training={"steps": 2, "mixed_precision_param": "bfloat16"},
+        activation_checkpoint={"mode": "selective", "selective_ac_option": "op"},
+        checkpoint={"enable": False},
+    )
+    assert list(run(1, config).losses) == [1, 2]
