@@ -144,13 +144,17 @@ class Jobs:
                 pytest.fail(f"{name} was never seen after step {step}\n{self.story(name)}")
             time.sleep(0.1)
 
-    def digests(self, name: str) -> dict[str, str]:
-        """Digest of each section of the newest good checkpoint."""
+    def checkpoints(self, name: str) -> Path:
+        """The checkpoint root of a job, seen from this machine."""
         claim = f"{name}-checkpoint"
         volume = self.kubectl("get", "pvc", claim, "-o", "jsonpath={.spec.volumeName}")
-        root = self.volumes / volume / "checkpoint"
+        return self.volumes / volume / "checkpoint"
+
+    def digests(self, name: str) -> dict[str, str]:
+        """Digest of each section of the newest good checkpoint."""
+        root = str(self.checkpoints(name))
         text = subprocess.run(
-            [sys.executable, "-m", "pretrain_trainer.checkpoint.digest", str(root)],
+            [sys.executable, "-m", "pretrain_trainer.checkpoint.digest", root],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
         return dict(line.split(" ", 1) for line in text.splitlines())

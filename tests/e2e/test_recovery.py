@@ -58,7 +58,8 @@ def test_apply_is_enough(jobs: Any, undisturbed: dict[str, Any]) -> None:
     assert "Complete" in row
     assert "60/60" in row
     events = jobs.kubectl("get", "events", "-o", "jsonpath={.items[*].reason}")
-    assert "Completed" in events or "Complete" in events
+    for reason in ("Created", "Training", "Completed"):
+        assert reason in events
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["leader", "follower"])
@@ -90,16 +91,47 @@ def test_a_deleted_pod_is_replaced(jobs: Any, undisturbed: dict[str, Any]) -> No
     assert jobs.pod("deleted", 1) != pod
 
 
+def suspend(jobs: Any, name: str) -> int:
+    """Suspends a job and returns the step it was saved at."""
+    jobs.patch(name, {"suspend": True})
+    paused = jobs.wait(name, lambda job: job.holds(names.SUSPENDED) and not jobs.pods(name))
+    return paused.checkpoint.step
+
+
 def test_a_suspended_job_goes_on_where_it_was(jobs: Any, undisturbed: dict[str, Any]) -> None:
     jobs.apply("paused")
     jobs.wait_for_step("paused", 12)
-    jobs.patch("paused", {"suspend": True})
-    paused = jobs.wait("paused", lambda job: job.holds(names.SUSPENDED) and not jobs.pods("paused"))
-    assert paused.checkpoint is not None
-    assert paused.checkpoint.step >= 12
+    saved = suspend(jobs, "paused")
+    assert saved >= 12
     jobs.patch("paused", {"suspend": False})
     same_end(jobs, "paused", undisturbed)
-    assert jobs.read("paused").resumed_from == paused.checkpoint.step
+    assert jobs.read("paused").resumed_from == saved
+
+
+def test_a_damaged_checkpoint_is_passed_over(jobs: Any, undisturbed: dict[str, Any]) -> None:
+    jobs.apply("damaged")
+    jobs.wait_for_step("damaged", 12)
+    saved = suspend(jobs, "damaged")
+    file = next((jobs.checkpoints("damaged") / f"step-{saved}").glob("__1_*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    jobs.patch("damaged", {"suspend": False})
+    resumed = jobs.wait("damaged", lambda job: job.resumed_from is not None)
+    assert resumed.resumed_from < saved
+    jobs.wait("damaged", lambda job: bool(job.checkpoint and job.checkpoint.skipped))
+    assert saved in [each.step for each in jobs.read("damaged").checkpoint.skipped]
+    same_end(jobs, "damaged", undisturbed)
+
+
+def test_training_needs_no_operator(jobs: Any, undisturbed: dict[str, Any]) -> None:
+    jobs.apply("alone")
+    jobs.wait_for_step("alone", 10)
+    operator = "--selector=app.kubernetes.io/name=pretrain-operator"
+    jobs.target.kubectl("delete", "pod", "--namespace=pretrain-system", operator)
+    same_end(jobs, "alone", undisturbed)
+    end = jobs.read("alone")
+    assert (end.generation, end.restarts) == (1, 0)
 
 
 def test_deleting_a_job_leaves_nothing_behind(jobs: Any) -> None:
