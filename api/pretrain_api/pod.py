@@ -186,6 +186,28 @@ class Toleration(Section):
     toleration_seconds: NonNegative | None = None
     """How long a worker stays on a node that gets a NoExecute taint."""
 
+    rules: ClassVar = (
+        Rule(
+            path="key",
+            cel="has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+            message="is missing; only operator Exists can do without",
+            holds=lambda t: t.key is not None or t.operator == "Exists",
+        ),
+        Rule(
+            path="value",
+            cel="!(has(self.operator) && self.operator == 'Exists') || !has(self.value) || "
+            "self.value == ''",
+            message="has no meaning with operator Exists; remove it",
+            holds=lambda t: t.operator != "Exists" or t.value == "",
+        ),
+        Rule(
+            path="toleration_seconds",
+            cel="!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            message="has a meaning with effect NoExecute only; remove it",
+            holds=lambda t: t.toleration_seconds is None or t.effect == "NoExecute",
+        ),
+    )
+
 
 class Affinity(Section):
     """Which nodes and which neighbours workers prefer or need; as in a pod."""

@@ -180,6 +180,21 @@ def test_twenty_lines_are_enough() -> None:
             )
         ),
         (
+            pod(tolerations=[{"effect": "NoSchedule"}]),
+            "workers.podTemplate.tolerations.0.key: is missing; only operator Exists can do "
+            "without",
+        ),
+        (
+            pod(tolerations=[{"operator": "Exists", "value": "x"}]),
+            "workers.podTemplate.tolerations.0.value: has no meaning with operator Exists; remove "
+            "it",
+        ),
+        (
+            pod(tolerations=[{"key": "x", "tolerationSeconds": 3}]),
+            "workers.podTemplate.tolerations.0.tolerationSeconds: has a meaning with effect "
+            "NoExecute only; remove it",
+        ),
+        (
             pod(volumes=[{"name": "v"}]),
             "workers.podTemplate.volumes.0: needs exactly one of configMap, secret, emptyDir, "
             "persistentVolumeClaim, downwardAPI",
