@@ -1,6 +1,7 @@
 """Jobs on the real cluster: one installation per session, one namespace per test module."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -179,7 +180,7 @@ class Jobs:
 @pytest.fixture(scope="session")
 def target() -> Target:
     """The cluster of this machine, with both images as they are in the tree and the operator."""
-    found = devcluster({"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, Layout.default())
+    found = devcluster(os.environ, Layout.default())
     install(found, Console())
     return found
 
