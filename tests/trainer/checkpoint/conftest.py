@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # what an optimizer imports when it is made: better once than in every fork
 import torch.distributed as dist
 
 from pretrain_api.config import Checkpoint
@@ -89,10 +90,10 @@ def _manager_maker(root: Path) -> MakeManager:
         uid: str = "job-1",
         fingerprint: dict[str, str] | None = None,
         chunk_bytes: int = CHUNK,
-        round: int = 0,
+        attempt: int = 0,
         **config: Any,
     ) -> CheckpointManager:
-        identity = Identity(uid, generation, nonce, fingerprint or {}, round)
+        identity = Identity(uid, generation, nonce, fingerprint or {}, attempt)
         section = Checkpoint(enable=True, **config)
         return CheckpointManager(root, section, identity, chunk_bytes=chunk_bytes)
 

@@ -26,7 +26,7 @@ def test_an_old_generation_neither_commits_nor_deletes(manager, state, root):
     manager(generation=2).load({"model": state(0)["model"]})
     before = names(root)
 
-    with pytest.raises(FencedError, match="generation 2 .* has taken over"):
+    with pytest.raises(FencedError, match=r"generation 2 .* has taken over"):
         old.save(40, {"model": state(40)["model"]})
     with pytest.raises(FencedError):
         old.prune()
@@ -45,8 +45,8 @@ def test_a_generation_overtaken_while_it_writes_does_not_commit(manager, state, 
 
     old = manager(generation=1)
     old.save(10, {"model": state(10)["model"]})
-    with monkeypatch.context() as patch, pytest.raises(FencedError):
-        patch.setattr(Root, "commit", overtaken)
+    monkeypatch.setattr(Root, "commit", overtaken)
+    with pytest.raises(FencedError):
         old.save(20, {"model": state(20)["model"]})
     assert [name for name in names(root) if "step" in name] == ["step-10"]
 
@@ -100,9 +100,9 @@ def test_a_restart_in_place_keeps_the_claim(manager, state, root):
 
 
 def test_a_rank_of_an_earlier_round_is_fenced_too(manager, state):
-    zombie = manager(generation=1, round=0)
+    zombie = manager(generation=1, attempt=0)
     zombie.save(10, state(10))
-    manager(generation=1, round=1).load(state(10))
+    manager(generation=1, attempt=1).load(state(10))
     with pytest.raises(FencedError, match=r"generation 1 \(round 1\)"):
         zombie.save(20, state(20))
 
