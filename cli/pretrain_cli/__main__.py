@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from pretrain_cli import importer, local, validate
-from pretrain_cli.options import split_options
+from pretrain_cli.options import describe, split_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +38,10 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="train on this machine, without a cluster",
         usage="%(prog)s [FILE] [--nproc N] [--SECTION.KEY VALUE ...]",
-        description="Train on this machine with the same agent and trainer as in a cluster. "
+        description="Train on this machine with the same agent and trainer as in a cluster.\n"
         "Options win over the file, the file over defaults.",
+        epilog=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     local.add_arguments(train)
     return parser

@@ -6,9 +6,13 @@ lists are separated by commas.
 """
 
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any, cast
 
+from pydantic_core import PydanticUndefined
+
 from pretrain_api.config import RunConfig
+from pretrain_api.support import REFINEMENTS, UNBUILT
 from pretrain_cli.documents import KeyPath
 from pretrain_cli.vocabulary import Vocabulary
 
@@ -70,6 +74,20 @@ def keys(data: dict[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
             yield from keys(value, (*path, key))
         else:
             yield (*path, key)
+
+
+def describe() -> str:
+    """Every key that does something today, with its default: what --help shows."""
+    silent = REFINEMENTS | {entry.path for entry in UNBUILT} | {"schema_version"}
+    lines: list[str] = []
+    for path, field in Vocabulary(RunConfig, camel=False).settings():
+        if path in silent:
+            continue
+        default = field.get_default(call_default_factory=True)
+        told = "" if default in (PydanticUndefined, None, (), "") else f" (default: {default})"
+        text = " ".join((field.description or "").split()) + told
+        lines += [f"  --{path}", *wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(["keys:", *lines])
 
 
 def _takes(name: str, following: str) -> bool:

@@ -53,6 +53,12 @@ class Vocabulary:
         text = " ".join((field.description or "").split()) if field else ""
         return text.split(". ")[0].rstrip(".") or "add it"
 
+    def settings(self) -> Iterator[tuple[str, FieldInfo]]:
+        """Dotted path and field of every key that has a value, sections left out."""
+        for path, field in self._fields.items():
+            if not any(_models(field.annotation)):
+                yield ".".join(path), field
+
     def nearest(self, path: KeyPath) -> str | None:
         """The known key most like an unknown one: a neighbour, or else the same name elsewhere."""
         *parents, key = _keys(path)

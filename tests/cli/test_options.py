@@ -1,10 +1,18 @@
 """Options in torchtitan's manner become values of the right type."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from pretrain_cli.options import OptionError, keys, merge, parse_overrides, split_options
+from pretrain_cli.options import (
+    OptionError,
+    describe,
+    keys,
+    merge,
+    parse_overrides,
+    split_options,
+)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +116,23 @@ def test_keys_are_paths() -> None:
         ("training", "steps"),
         ("quantize", "linear", "float8", "emulate"),
     ]
+
+
+def test_help_shows_what_works_and_nothing_else() -> None:
+    text = describe()
+    assert "  --training.steps\n      Optimizer steps of the whole run" in text
+    assert "(default: 10000)" in text
+    assert "tensor_parallel_degree" not in text
+    assert "profile_freq" not in text
+    assert "--training\n" not in text
+    for line in text.splitlines():
+        if line.startswith("  --"):
+            assert split_options([f"{line.strip()}=1"])[1]
+            assert len(line) <= 100
+
+
+@pytest.mark.parametrize("command", [(), ("run",), ("validate",), ("import",)])
+def test_help(pretrain: Callable[..., Any], command: tuple[str, ...]) -> None:
+    outcome = pretrain(*command, "--help")
+    assert outcome.code == 0
+    assert outcome.out.startswith("usage: pretrain")
