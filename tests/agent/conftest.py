@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,6 +60,7 @@ class Worker:
     http_port: int
     meeting_port: int
     known: set[int] = field(default_factory=set)  # pids of everything ever seen below it
+    boards: set[Path | None] = field(default_factory=set)  # what a killed supervisor leaves behind
 
     def status(self) -> WorkerStatus | None:
         try:
@@ -72,6 +74,7 @@ class Worker:
     def tree(self) -> list[process.Process]:
         found = process.descendants(self.process.pid)
         self.known.update(member.pid for member in found)
+        self.boards.update(board_folder(member.pid) for member in found)
         return found
 
     def launcher(self) -> int:
@@ -109,6 +112,19 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
     except OSError:
         return ""
+
+
+def board_folder(pid: int) -> Path | None:
+    """Where the board of a process's supervisor is, if it has one."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    prefix = f"{names.ENV_BOARD}=".encode()
+    return next(
+        (Path(os.fsdecode(v[len(prefix) :])).parent for v in variables if v.startswith(prefix)),
+        None,
+    )
 
 
 def alive(pid: int) -> bool:
@@ -238,6 +254,8 @@ class World:
             )
         finally:
             for worker in self.workers.values():
+                for folder in worker.boards - {None}:
+                    shutil.rmtree(folder, ignore_errors=True)
                 for pid in worker.leftovers():
                     os.kill(pid, signal.SIGKILL)
 

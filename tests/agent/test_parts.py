@@ -279,7 +279,7 @@ def test_ranks_are_spawned_when_the_fork_server_is_unusable(
 ) -> None:
     (tmp_path / "poisoned.py").write_text(POISON[what] + "\n")
     (tmp_path / "choose.py").write_text(CHOOSE)
-    environment = world.environment()
+    environment = world.environment(**{names.ENV_BOARD: str(tmp_path / "board")})
     environment["PYTHONPATH"] += os.pathsep + str(tmp_path)
     ran = subprocess.run(
         [sys.executable, str(tmp_path / "choose.py")],

@@ -13,6 +13,9 @@ committing the checkpoint.
 # torch's @prof decorator hides the signatures of the methods overridden here from type checkers.
 # pyright: reportIncompatibleVariableOverride=false, reportCallIssue=false
 
+import os
+import time
+
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     WorkerGroup,
@@ -25,9 +28,11 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from pretrain_agent import rank
 from pretrain_agent.rendezvous import Link, Rendezvous
+from pretrain_api import names
 from pretrain_api.wire import ExitCode
 
 MONITOR_SECONDS = 0.1
+KILL_SECONDS = 2.0  # for killed ranks to be gone; one stuck in the kernel must not hold us up
 FOREVER = 10**9  # restarts in place are limited by the meeting, by progress and not by number
 
 
@@ -35,8 +40,7 @@ class Agent(LocalElasticAgent):
     """See the module's docstring."""
 
     def __init__(self, spec: WorkerSpec, launch: LaunchConfig, rendezvous: Rendezvous) -> None:
-        specs = launch.logs_specs or DefaultLogsSpecs()
-        super().__init__(spec, specs, launch.start_method)
+        super().__init__(spec, launch.logs_specs or DefaultLogsSpecs(), launch.start_method)
         self._rendezvous_with_exits = rendezvous
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -70,8 +74,12 @@ class Agent(LocalElasticAgent):
         return saved and len(exits) < len(self._processes())
 
     def _kill_ranks(self) -> None:
-        for process in self._processes():
+        processes = self._processes()
+        for process in processes:
             process.kill()
+        deadline = time.monotonic() + KILL_SECONDS
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
 
     def _processes(self) -> list:
         """The ranks' ``multiprocessing.Process`` objects, in order of local rank.
@@ -93,6 +101,8 @@ def run_ranks(link: Link, processes: int, start_method: str, entry_point: str, c
         max_nodes=1,
         nproc_per_node=processes,
         start_method=start_method,
+        # torch's own log files stay empty; they go where everything of this run is removed
+        logs_specs=DefaultLogsSpecs(os.path.dirname(os.environ[names.ENV_BOARD])),
         max_restarts=FOREVER,
         monitor_interval=MONITOR_SECONDS,
     )

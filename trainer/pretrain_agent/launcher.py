@@ -14,16 +14,23 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 from multiprocessing import forkserver
 
 from pretrain_agent import rank
 from pretrain_agent.link import Ready
 from pretrain_agent.process import die_with_parent
+from pretrain_api import names
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 600.0  # importing the trainer may be slow on a cold disk, but not forever
-PRELOAD = ("pretrain_agent.preload", "torch.distributed.elastic.multiprocessing")
+PRELOAD = (
+    "pretrain_agent.preload",
+    "torch.distributed.elastic.multiprocessing",
+    # Imported by torch.use_deterministic_algorithms() and torch.compile, for seconds in every rank.
+    "torch._inductor.config",
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -49,6 +56,8 @@ def main(arguments: list[str]) -> None:
 
 def prepare_environment(processes: int) -> None:
     """Variables that have to be set before anything imports torch."""
+    # Ranks and launcher are killed, never asked to go, and the tracker says so at length.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     # Without it, asking torch whether there is a GPU creates a context and spoils later forks.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
@@ -57,10 +66,16 @@ def prepare_environment(processes: int) -> None:
 
 
 def start_fork_server(entry_point: str) -> None:
-    """Start it and let it import the trainer; returns at once."""
+    """Start it and let it import the trainer; returns at once.
+
+    Its socket goes to where the board is: that is removed at the end, and its path is short enough
+    for a socket whatever the temporary directory is.
+    """
     module = entry_point.partition(":")[0]
     multiprocessing.set_forkserver_preload([*PRELOAD, module])
+    tempfile.tempdir = os.path.dirname(os.environ[names.ENV_BOARD])
     forkserver.ensure_running()
+    tempfile.tempdir = None
 
 
 def choose_start_method() -> str:

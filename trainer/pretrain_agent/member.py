@@ -27,6 +27,12 @@ class State(Enum):
 Saying = Open | Start | Regroup | Join | Opened | Done | Leave | Released
 
 
+def leader_address(assignment: Assignment) -> tuple[str, int]:
+    """Host and port of the meeting point; an IPv6 host may be in brackets or not."""
+    host, _, port = assignment.leader.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 class Member:
     """State of this agent within the newest generation it has heard of."""
 
@@ -108,7 +114,7 @@ class Member:
             round=go.round,
             rank=assignment.rank,
             size=assignment.size,
-            host=assignment.leader.rpartition(":")[0],
+            host=leader_address(assignment)[0],
             port=go.port,
             nonce=assignment.nonce,
         )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 KILL_INTERVAL = 0.005  # seconds between two looks at who is left
+TRACKER_SECONDS = 2.0
 
 
 class Process(NamedTuple):
@@ -94,17 +95,29 @@ def kill_descendants(timeout: float) -> list[Process]:
     """Kill and reap everything below this process; returns what outlived ``timeout`` seconds.
 
     The look is repeated until nobody is left, because a process may fork while it is being killed.
+    Python's resource trackers get a moment of their own: they end once those they serve are gone,
+    and remove the semaphores that these left in shared memory.
     """
-    deadline = time.monotonic() + timeout
+    now = time.monotonic()
+    patience, deadline = now + TRACKER_SECONDS, now + timeout
     while living := descendants(os.getpid()):
+        now = time.monotonic()
         for process in living:
-            kill(process.pid)
+            if now > patience or not _is_resource_tracker(process.pid):
+                kill(process.pid)
         reap()
-        if time.monotonic() > deadline:
+        if now > deadline:
             return living
         time.sleep(KILL_INTERVAL)
     reap()
     return []
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def reap() -> dict[int, int]:

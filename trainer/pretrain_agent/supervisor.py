@@ -47,7 +47,7 @@ from pretrain_agent.meeting import (
     Opened,
     Released,
 )
-from pretrain_agent.member import Member, Saying, State
+from pretrain_agent.member import Member, Saying, State, leader_address
 from pretrain_agent.settings import Settings
 from pretrain_agent.termination import Outcome
 from pretrain_agent.wires import MeetingClient, MeetingServer, encode, listen, receive
@@ -266,12 +266,12 @@ class Supervisor:
         self.server.host(meeting, assignment.nonce)
         if assignment.rank is None:
             return
-        host, _, port = assignment.leader.rpartition(":")
+        host, port = leader_address(assignment)
         hello = Hello(
             generation=assignment.generation, rank=assignment.rank, nonce=assignment.nonce
         )
         self.client = MeetingClient(
-            host, self._meeting_port if leads else int(port), hello, self._hear_leader
+            host, self._meeting_port if leads else port, hello, self._hear_leader
         )
         self._client_task = asyncio.create_task(self.client.run())
         self._client_task.add_done_callback(self._surface)
