@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pretrain_api import names
+from pretrain_operator.cluster import Kind
 from pretrain_operator.settings import load
 
 pytestmark = pytest.mark.cluster  # needs helm, which is built with the cluster's tools
@@ -74,6 +75,25 @@ def test_rights_are_spelled_out_and_no_secret_is_readable(
             assert "*" not in rule[key]
         assert "secrets" not in rule["resources"]
         assert not {"pods/exec", "pods/attach", "pods/ephemeralcontainers"} & set(rule["resources"])
+
+
+def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
+    granted = {
+        (resource, verb)
+        for rule in rules(render())
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    created = {"pods", "configmaps", "persistentvolumeclaims", "networkpolicies", "events"}
+    watched = {"pretrainjobs", "pods"}
+    needed = {(kind.plural, "get") for kind in Kind if kind is not Kind.EVENT}
+    needed |= {(resource, "create") for resource in created}
+    needed |= {(resource, verb) for resource in watched for verb in ("list", "watch")}
+    needed |= {(resource, "delete") for resource in watched}
+    needed |= {("pods", "patch"), ("persistentvolumeclaims", "patch")}
+    needed |= {("pretrainjobs/status", "patch")}
+    needed |= {("customresourcedefinitions", "list"), ("customresourcedefinitions", "watch")}
+    assert granted == needed
 
 
 def test_with_named_namespaces_nothing_is_granted_outside_them(render: Render) -> None:

@@ -1,4 +1,4 @@
-"""The examples are what people copy: valid, numbered, and with commands that name the right file."""
+"""Examples are what people copy: valid, numbered, and with commands that name the right file."""
 
 from pathlib import Path
 
