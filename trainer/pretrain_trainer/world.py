@@ -14,6 +14,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import (
+    HashStore,  # pyright: ignore[reportPrivateImportUsage]  # public, but not listed
+    distributed_c10d,
+)
 from torch.distributed.device_mesh import DeviceMesh
 
 from pretrain_api.config import RunConfig
@@ -55,7 +59,8 @@ def joined_world(config: RunConfig, place: Place) -> Iterator[World]:
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=place.rank,
         world_size=place.world_size,
-        store=lone_store() if place.world_size == 1 else None,
+        # A rank alone needs no peers to find; with peers, torchrun says where they meet.
+        store=HashStore() if place.world_size == 1 else None,
         timeout=timedelta(seconds=config.comm.init_timeout_seconds),
     )
     mesh = build_mesh(degrees, device)
@@ -70,11 +75,6 @@ def own_device(place: Place) -> torch.device:
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def lone_store() -> dist.Store:
-    """A store for a rank without peers; with peers, torchrun says where they meet."""
-    return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public, but not listed
 
 
 def make_deterministic(enabled: bool) -> None:
@@ -92,6 +92,6 @@ def shorten_timeouts(world: World, seconds: int) -> None:
     Only those of training: groups made elsewhere, such as the checkpoint's, wait for storage.
     """
     # Public since torch 2.15, deprecated under its old name there.
-    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in (dist.group.WORLD, *world.mesh.get_all_groups()):
         change(timedelta(seconds=seconds), group)
