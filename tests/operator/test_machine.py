@@ -10,6 +10,7 @@ import copy
 import json
 import os
 from collections.abc import Coroutine
+from datetime import datetime, timedelta
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -88,6 +89,11 @@ class HostileCluster(RuleBasedStateMachine):
         before = len(self.cluster.writes)
         self.loop.run_until_complete(self.bench.round())
         assert len(self.cluster.writes) == before
+
+    @rule()
+    def all_is_quiet_and_everybody_starts(self) -> None:
+        self.bench.stale = None
+        self.loop.run_until_complete(self.bench.train())
 
     @rule()
     def the_watch_stalls(self) -> None:
@@ -175,12 +181,17 @@ class HostileCluster(RuleBasedStateMachine):
         if not running:
             return
         newest = max(word["generation"] for _, word in running)
+        assignment = self.bench.status.assignment
         members = self.bench.member_pods()
         for pod, word in running:
             meta = pod["metadata"]
-            leaving = "deletionTimestamp" in meta
-            # A member that has yet to hear, or a pod that was told to leave and given up on.
-            assert word["generation"] == newest or meta["name"] in members or leaving
+            if word["generation"] == newest or meta["name"] in members:
+                continue  # members that have yet to hear are told by the next write
+            if assignment and assignment.announced and assignment.generation == newest:
+                # Nobody was told before this one had left, or had outlived its time to leave.
+                assert "deletionTimestamp" in meta
+                until = datetime.fromisoformat(meta["deletionTimestamp"])
+                assert until + timedelta(seconds=10) <= assignment.announced
         places = [word["rank"] for _, word in running if word["generation"] == newest]
         assert len(places) == len(set(places))
 
@@ -191,8 +202,8 @@ class HostileCluster(RuleBasedStateMachine):
             word = self.word(pod["metadata"]["name"])
             if word and assignment and word["generation"] == assignment.generation:
                 assert word["nonce"] == assignment.nonce
-                assert word["leader"] == assignment.leader
-                if assignment.workers:
+                if assignment.workers:  # none while suspended
+                    assert word["leader"] == assignment.leader
                     assert word["size"] == len(assignment.workers) == SIZE
 
     @invariant()
