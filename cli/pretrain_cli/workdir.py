@@ -2,6 +2,7 @@
 
 import secrets
 import socket
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ def prepare(folder: Path, config: RunConfig, processes: int) -> WorkDir:
     config_file.write_text(config.model_dump_json(indent=2))
     http_port, meeting_port = _free_ports(2)
     assignment = Assignment(
-        generation=1,
+        generation=int(time.time()),  # newer than every earlier run on the same checkpoints
         rank=0,
         size=1,
         leader=f"{_HOST}:{meeting_port}",

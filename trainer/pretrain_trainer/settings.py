@@ -15,8 +15,9 @@ from pretrain_trainer.errors import BadInputError
 class Place:
     """This process among its peers. Without torchrun it is alone; without an agent, unsupervised.
 
-    ``generation`` and ``round`` count worlds and restarts within one; a first start has 0 or 1 and
-    0. ``board`` is the path of the shared memory the supervisor watches.
+    ``generation`` grows with every new world of a job, ``round`` counts restarts within one.
+    ``namespace`` is set in a cluster, where generations count from 1; elsewhere each is a new
+    start by a person. ``board`` is the path of the shared memory the supervisor watches.
     """
 
     rank: int = 0
@@ -27,11 +28,12 @@ class Place:
     round: int = 0
     nonce: str = ""
     job_uid: str = ""
+    namespace: str = ""
 
     @property
     def first_start(self) -> bool:
-        """No earlier start of this run exists, so options about a run's beginning apply."""
-        return self.generation <= 1 and self.round == 0
+        """A person started this, not a recovery, so options about a beginning apply."""
+        return self.round == 0 and (self.generation <= 1 or not self.namespace)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Place":
@@ -46,6 +48,7 @@ class Place:
             round=int(environment.get(names.ENV_ROUND, 0)),
             nonce=environment.get(names.ENV_NONCE, ""),
             job_uid=environment.get(names.ENV_JOB_UID, ""),
+            namespace=environment.get(names.ENV_NAMESPACE, ""),
         )
 
 

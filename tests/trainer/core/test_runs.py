@@ -188,7 +188,8 @@ def test_options_of_a_beginning_apply_to_the_first_start_only(
     run(1, config)
     again = run_config(training={"steps": 6}, checkpoint={"load_step": 2, "load_only": True})
     assert list(run(1, again).losses) == [3, 4, 5, 6]
-    restarted = run(1, again, PRETRAIN_GENERATION="2")
+    replaced_pod = {names.ENV_GENERATION: "2", names.ENV_NAMESPACE: "team"}
+    restarted = run(1, again, **replaced_pod)
     assert restarted.losses == {}  # the newest, which is the last
     fresh_data = run_config(
         training={"steps": 6},
@@ -200,8 +201,27 @@ def test_options_of_a_beginning_apply_to_the_first_start_only(
 def test_place_without_torchrun_and_agent() -> None:
     place = Place.from_environment({})
     assert (place.rank, place.world_size, place.board, place.first_start) == (0, 1, None, True)
-    later = Place.from_environment({"PRETRAIN_GENERATION": "1", "PRETRAIN_ROUND": "2"})
-    assert not later.first_start
+
+
+@pytest.mark.parametrize(
+    ("generation", "round_", "namespace", "first"),
+    [
+        ("1", "0", "team", True),
+        ("2", "0", "team", False),  # a pod was replaced
+        ("1", "1", "team", False),  # a rank was restarted
+        ("1795229036", "0", "", True),  # a person at a terminal, again
+        ("1795229036", "1", "", False),
+    ],
+)
+def test_recoveries_are_no_first_starts(
+    generation: str, round_: str, namespace: str, first: bool
+) -> None:
+    environment = {
+        names.ENV_GENERATION: generation,
+        names.ENV_ROUND: round_,
+        names.ENV_NAMESPACE: namespace,
+    }
+    assert Place.from_environment(environment).first_start == first
 
 
 @pytest.mark.parametrize("flavor", ["debugmodel"])
