@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from .errors import DamagedError
+
+T = TypeVar("T")
 
 CHUNK_BYTES: Final = 16 << 20
 
@@ -163,23 +165,20 @@ class VerifiedFile:
         if expected is not None and self.bytes != expected.bytes:
             raise DamagedError(f"{name} has {self.bytes} bytes instead of {expected.bytes}")
 
-    def read(self, offset: int, length: int) -> bytearray:
+    def read(self, offset: int, length: int) -> bytes:
         """Bytes ``offset`` to ``offset + length``, all of them verified."""
         if offset < 0 or length < 0 or offset + length > self.bytes:
             raise DamagedError(f"{self._name} has no bytes {offset} to {offset + length}")
-        result = bytearray(length)
+        first, last = offset // self._chunk_bytes, (offset + length - 1) // self._chunk_bytes
 
-        def place(index: int) -> None:
+        def part(index: int) -> memoryview:
             chunk = self._chunk(index)
-            start = index * self._chunk_bytes
-            begin, end = max(offset, start), min(offset + length, start + len(chunk))
-            result[begin - offset : end - offset] = memoryview(chunk)[begin - start : end - start]
             if index == last:  # the next tensor in the file begins in the chunk this one ends in
                 self._last = (index, chunk)
+            start = index * self._chunk_bytes
+            return memoryview(chunk)[max(offset - start, 0) : offset + length - start]
 
-        first, last = offset // self._chunk_bytes, (offset + length - 1) // self._chunk_bytes
-        _in_parallel(place, range(first, last + 1))
-        return result
+        return b"".join(_in_parallel(part, range(first, last + 1)))
 
     def verify(self, share: int = 0, of: int = 1) -> None:
         """Read and check every ``of``-th chunk, beginning with chunk ``share``."""
@@ -270,7 +269,7 @@ class Folder:
             size = os.fstat(handle).st_size
             if size > limit:
                 raise DamagedError(f"{name} is larger than any real one ({size} bytes)")
-            return bytes(VerifiedFile(handle, name, None, CHUNK_BYTES).read(0, size))
+            return VerifiedFile(handle, name, None, CHUNK_BYTES).read(0, size)
 
 
 def _write_all(handle: int, data: memoryview) -> None:
@@ -278,11 +277,9 @@ def _write_all(handle: int, data: memoryview) -> None:
         data = data[os.write(handle, data) :]
 
 
-def _in_parallel(work: Callable[[int], None], indices: range) -> None:
-    """Run ``work`` for all indices; reading and digesting leave the interpreter lock alone."""
+def _in_parallel(work: Callable[[int], T], indices: range) -> list[T]:
+    """``work`` of all indices; reading and digesting leave the interpreter lock alone."""
     if len(indices) <= 1:
-        for index in indices:
-            work(index)
-        return
+        return [work(index) for index in indices]
     with ThreadPoolExecutor(min(_THREADS, len(indices)), "verify") as pool:
-        list(pool.map(work, indices))
+        return list(pool.map(work, indices))
