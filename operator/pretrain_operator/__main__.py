@@ -85,7 +85,12 @@ async def wait_for_crd(cluster: HttpCluster) -> None:
         await asyncio.sleep(CRD_RETRY_SECONDS)
 
 
-async def serve(settings: Settings, metrics: Metrics, queue: WorkQueue[Key]) -> list[web.AppRunner]:
+async def serve(
+    settings: Settings,
+    metrics: Metrics,
+    queue: WorkQueue[Key],
+    stuck_seconds: float = STUCK_SECONDS,
+) -> list[web.AppRunner]:
     """Start /metrics and /healthz on their ports; the returned runners are to be cleaned up."""
 
     async def show_metrics(_: web.Request) -> web.Response:
@@ -93,7 +98,7 @@ async def serve(settings: Settings, metrics: Metrics, queue: WorkQueue[Key]) -> 
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def show_health(_: web.Request) -> web.Response:
-        stuck = queue.longest_round > STUCK_SECONDS
+        stuck = queue.longest_round > stuck_seconds
         text = f"a round has taken {queue.longest_round:.0f} s\n" if stuck else "ok\n"
         return web.Response(text=text, status=503 if stuck else 200)
 

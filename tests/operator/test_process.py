@@ -1,0 +1,216 @@
+"""The whole process with kopf in it: watches nudge, rounds write, nothing is left on the job.
+
+A small HTTP server in front of the in-memory cluster plays the API server's discovery, lists and
+watches, so that what is tested is the very process that runs in a cluster.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from pretrain_api import names
+from pretrain_operator import handlers
+from pretrain_operator.__main__ import QueueNudge, serve, wait_for_crd
+from pretrain_operator.cluster import Body, ClusterError, HttpCluster, Kind
+from pretrain_operator.metrics import Metrics
+from pretrain_operator.queue import WorkQueue
+from pretrain_operator.reconcile import Key, Reconciler
+from pretrain_operator.settings import Settings
+from pretrain_operator.testing import JOB, Bench, MemoryCluster, SilentWorkers
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+SPACED = "/namespaces/{namespace}"
+
+
+class FakeServer:
+    """Discovery, lists, watches and writes over a MemoryCluster."""
+
+    def __init__(self, cluster: MemoryCluster) -> None:
+        self.cluster = cluster
+        self.app = web.Application()
+        groups = [group(names.GROUP, names.VERSION), group("apiextensions.k8s.io", "v1")]
+        crd = ("customresourcedefinitions", "CustomResourceDefinition")
+        pages = {
+            "/version": {"gitVersion": "v1"},
+            "/api": {"versions": ["v1"]},
+            "/apis": {"groups": groups},
+            "/api/v1": resources(("pods", "Pod"), ("namespaces", "Namespace")),
+            f"/apis/{names.API_VERSION}": resources((names.PLURAL, names.KIND)),
+            "/apis/apiextensions.k8s.io/v1": resources(crd),
+        }
+        for path, body in pages.items():
+            self.app.router.add_get(path, answer(body))
+        for kind in Kind:
+            prefix, plural = kind.value
+            one = f"{prefix}{SPACED}/{plural}/{{name}}"
+            self.app.router.add_get(f"{prefix}/{plural}", self._list(kind))
+            self.app.router.add_post(f"{prefix}{SPACED}/{plural}", self._write(kind))
+            for verb in ("GET", "PATCH", "DELETE"):
+                self.app.router.add_route(verb, one, self._write(kind))
+            self.app.router.add_patch(f"{one}/status", self._write(kind))
+
+    def _list(self, kind: Kind) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if "watch" not in request.query:
+                body = {"metadata": {"resourceVersion": "1"}, "items": self.cluster.all(kind)}
+                return web.json_response(body)
+            stream = web.StreamResponse()
+            await stream.prepare(request)
+            known: dict[str, Body] = {}
+            while True:  # what a watch sends is what has changed since it looked last
+                now = {body["metadata"]["uid"]: body for body in self.cluster.all(kind)}
+                events = [("DELETED", known[uid]) for uid in known.keys() - now.keys()]
+                for uid, body in now.items():
+                    version = body["metadata"]["resourceVersion"]
+                    if uid not in known:
+                        events.append(("ADDED", body))
+                    elif known[uid]["metadata"]["resourceVersion"] != version:
+                        events.append(("MODIFIED", body))
+                known = json.loads(json.dumps(now))
+                for word, body in events:
+                    line = json.dumps({"type": word, "object": body}) + "\n"
+                    await stream.write(line.encode())
+                await asyncio.sleep(0.01)
+
+        return handle
+
+    def _write(self, kind: Kind) -> Handler:
+        async def handle(request: web.Request) -> web.Response:
+            space, name = request.match_info["namespace"], request.match_info.get("name", "")
+            sent = json.loads(await request.text() or "{}")
+            try:
+                if request.method == "GET":
+                    body = await self.cluster.get(kind, space, name)
+                elif request.method == "POST":
+                    body = await self.cluster.create(kind, space, sent)
+                elif request.method == "DELETE":
+                    wanted = sent.get("preconditions", {}).get("uid")
+                    await self.cluster.delete(kind, space, name, wanted)
+                    body = {}
+                elif request.path.endswith("/status"):
+                    body = await self.cluster.patch_status(kind, space, name, sent)
+                else:
+                    body = await self.cluster.patch(kind, space, name, sent)
+            except ClusterError as error:
+                return web.json_response({"message": str(error)}, status=error.status)
+            return web.json_response(body)
+
+        return handle
+
+
+def answer(body: Body) -> Handler:
+    async def handle(_: web.Request) -> web.Response:
+        return web.json_response(body)
+
+    return handle
+
+
+def group(name: str, version: str) -> Body:
+    found = {"groupVersion": f"{name}/{version}", "version": version}
+    return {"name": name, "versions": [found], "preferredVersion": found}
+
+
+def resources(*kinds: tuple[str, str]) -> Body:
+    verbs = ["get", "list", "watch", "create", "patch", "delete"]
+    found = [
+        {"name": plural, "kind": kind, "singularName": kind.lower(), "namespaced": True}
+        for plural, kind in kinds
+    ]
+    return {"resources": [resource | {"verbs": verbs} for resource in found]}
+
+
+@pytest.fixture
+async def kubeconfig(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Path]:
+    runner = web.AppRunner(FakeServer(bench.cluster).app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = site._server.sockets[0].getsockname()[1]
+    body = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "t",
+        "clusters": [{"name": "t", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "users": [{"name": "t", "user": {"token": "x"}}],
+        "contexts": [{"name": "t", "context": {"cluster": "t", "user": "t"}}],
+    }
+    path = tmp_path / "kubeconfig"
+    path.write_text(json.dumps(body))
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield path
+    await runner.cleanup()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - anything may make it true
+            await asyncio.sleep(0.01)
+
+
+async def test_events_become_rounds(bench: Bench, kubeconfig: Path) -> None:
+    metrics, cache = Metrics(), handlers.PodCache()
+    cluster = await HttpCluster.connect(str(kubeconfig))
+    reconciler = Reconciler(cluster, SilentWorkers(), cache, Settings(), metrics)
+    queue: WorkQueue[Key] = WorkQueue(reconciler.reconcile, workers=2, metrics=metrics)
+    await wait_for_crd(cluster)
+    rounds = asyncio.create_task(queue.run())
+    await asyncio.sleep(0)
+    registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
+    watching = asyncio.create_task(handlers.run(registry, ()))
+    try:
+        await bench.submit()
+        await until(lambda: len(bench.cluster.pods()) == 2)
+        bench.cluster.start("llama-0-1")
+        bench.cluster.start("llama-1-1")
+        told = names.ANNOTATION_ASSIGNMENT
+        await until(
+            lambda: all(told in pod["metadata"]["annotations"] for pod in bench.cluster.pods())
+        )
+        bench.cluster.vanish(Kind.POD, "llama-1-1")
+        await until(lambda: bench.member_pods() == ["llama-0-1", "llama-1-2"])
+        meta = bench.cluster.all(Kind.JOB)[0]["metadata"]
+        assert "finalizers" not in meta
+        assert not any("kopf" in key for key in meta.get("annotations", {}))
+        bench.cluster.vanish(Kind.JOB, JOB)
+        shown = metrics.registry.get_sample_value
+        labels = {"namespace": "default", "job": JOB}
+        await until(lambda: shown("pretrain_job_workers_ready", labels) is None)
+        assert shown("pretrain_operator_reconciles_total", {"result": "error"}) is None
+    finally:
+        watching.cancel()
+        rounds.cancel()
+        await asyncio.gather(watching, rounds, return_exceptions=True)
+        await cluster.close()
+
+
+async def test_health_and_metrics_pages(unused_tcp_port_factory: Callable[[], int]) -> None:
+    async def hang(_: Key) -> None:
+        await asyncio.Event().wait()
+
+    metrics_port, health_port = unused_tcp_port_factory(), unused_tcp_port_factory()
+    queue: WorkQueue[Key] = WorkQueue(hang, workers=1, metrics=Metrics())
+    rounds = asyncio.create_task(queue.run())
+    settings = Settings(metrics_port=metrics_port, health_port=health_port)
+    runners = await serve(settings, Metrics(), queue, stuck_seconds=0.05)
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{metrics_port}/metrics") as response:
+            assert "pretrain_operator_queue_depth" in await response.text()
+        health = f"http://127.0.0.1:{health_port}/healthz"
+        async with session.get(health) as response:
+            assert response.status == 200
+        queue.add(("a", "b"))
+        await until(lambda: queue.longest_round > 0.05)
+        async with session.get(health) as response:
+            assert response.status == 503
+    rounds.cancel()
+    await asyncio.gather(rounds, *(runner.cleanup() for runner in runners), return_exceptions=True)
