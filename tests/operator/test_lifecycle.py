@@ -100,6 +100,7 @@ async def test_the_leaders_word_completes_the_job_even_if_nobody_watched(bench: 
     status = bench.status
     assert (status.phase, status.progress.summary) == (JobPhase.COMPLETE, "100/100")
     assert status.progress.first_loss == 9.0
+    assert status.workers.summary == "2/2"
     assert status.completion_time is not None
     assert "deletionTimestamp" not in bench.cluster.pod("llama-1-1")["metadata"]
     bench.cluster.advance(31)
