@@ -92,7 +92,7 @@ def workers_status(seen: Observation, desired: int) -> WorkersStatus:
     """How many workers there are."""
     pods = [pod for pod in (seen.pod_of(member) for member in seen.members) if pod]
     # One that trained to the end still counts: a complete job shows 2/2, not how fast pods went.
-    ready = sum(pod.alive and pod.ready or finished_well(pod) for pod in pods)
+    ready = sum((pod.alive and pod.ready) or finished_well(pod) for pod in pods)
     return WorkersStatus(
         desired=desired,
         active=sum(not pod.over for pod in seen.pods),
