@@ -42,10 +42,12 @@ def test_workers_come_and_go_with_generations(world: Any) -> None:
 
     # 2 -> 1: the leaver is parked; an older generation changes nothing
     world.assign(3, "c", parked=("b",))
-    world.assign(1, "b")
     (note,) = world.running(3, 0, ranks=1)
     assert note["world"] == 1
-    assert (b.status().generation, b.status().rank) in {(3, None), (2, 0)}
+    world.until(lambda: b.status().generation == 3, "b to be parked")
+    world.assign(1, "b")
+    world.until(lambda: "ignored generation 1, seen 3" in b.log(), "b to ignore the past")
+    assert (b.status().generation, b.status().rank) == (3, None)
 
     # 1 -> 2, with another leader
     world.assign(4, "b", "c")
