@@ -92,10 +92,11 @@ def test_a_deleted_pod_is_replaced(jobs: Any, undisturbed: dict[str, Any]) -> No
 
 
 def suspend(jobs: Any, name: str) -> int:
-    """Suspends a job and returns the step it was saved at."""
+    """Suspends a job and returns the step its workers saved before they left."""
     jobs.patch(name, {"suspend": True})
-    paused = jobs.wait(name, lambda job: job.holds(names.SUSPENDED) and not jobs.pods(name))
-    return paused.checkpoint.step
+    jobs.wait(name, lambda job: job.holds(names.SUSPENDED) and not jobs.pods(name))
+    folders = jobs.checkpoints(name).glob("step-*/manifest.json")
+    return max(int(path.parent.name.removeprefix("step-")) for path in folders)
 
 
 def test_a_suspended_job_goes_on_where_it_was(jobs: Any, undisturbed: dict[str, Any]) -> None:
