@@ -92,20 +92,35 @@ def with_generation(
 ) -> JobStatus:
     """Status with the next generation: the kept members, new ones in the other places."""
     generation = next_generation(seen)
-    stay = {member.index: member for member in kept}
-    workers = tuple(
-        stay.get(index)
-        or Member(index=index, created_in=generation, pod=pod_name(seen.name, index, generation))
-        for index in range(size)
-    )
     assignment = AssignmentStatus(
         generation=generation,
         nonce=seen.nonce,
-        workers=workers,
+        workers=_places(seen, generation, size, kept),
         created=seen.now,
         not_before=not_before,
     )
     return status.model_copy(update={"assignment": assignment})
+
+
+def without_echoes(
+    seen: Observation, assignment: AssignmentStatus, kept: tuple[Member, ...]
+) -> JobStatus:
+    """Status with the same generation, which nobody has been told of yet: only ``kept`` stay."""
+    workers = _places(seen, assignment.generation, len(assignment.workers), kept)
+    amended = assignment.model_copy(update={"workers": workers})
+    return seen.status.model_copy(update={"assignment": amended})
+
+
+def _places(
+    seen: Observation, generation: int, size: int, kept: tuple[Member, ...]
+) -> tuple[Member, ...]:
+    """The kept members in their places, and new ones in the others."""
+    stay = {member.index: member for member in kept}
+    return tuple(
+        stay.get(index)
+        or Member(index=index, created_in=generation, pod=pod_name(seen.name, index, generation))
+        for index in range(size)
+    )
 
 
 def with_meeting(seen: Observation, assignment: AssignmentStatus, pods: list[Pod]) -> JobStatus:

@@ -162,17 +162,27 @@ def regroup(seen: Observation) -> Plan | None:
     cause = diagnosis.diagnose(seen)
     if cause is None:
         return None
+    kept = tuple(member for member in seen.members if not diagnosis.is_gone(seen, member))
+    present = seen.status.assignment
+    if cause.echo and not cause.final and present and present.leader is None:
+        # One failure ends all agents, but pods end one by one: it stays one attempt, one charge.
+        return _ahead(view(seen, ledger.without_echoes(seen, present, kept), throttle=False))
     spec = _job(seen).spec
     verdict = restart.decide(cause, seen.status, spec.recovery, seen.now)
     if isinstance(verdict, GiveUp):
         return _fail(seen, verdict, cause)
-    wait = (verdict.not_before - seen.now).total_seconds()
-    kept = tuple(member for member in seen.members if not diagnosis.is_gone(seen, member))
+    # A free loss during the wait after a failure doesn't cut it short.
+    waiting = present.not_before if present and present.leader is None else None
+    not_before = max(verdict.not_before, waiting or seen.now)
+    wait = (not_before - seen.now).total_seconds()
     status = ledger.with_attempt(seen, cause)
     status = ledger.with_restart(status, cause, verdict.charged)
-    not_before = verdict.not_before if wait > 0 else None
     status = ledger.with_generation(
-        seen, status, size=spec.workers.replicas, kept=kept, not_before=not_before
+        seen,
+        status,
+        size=spec.workers.replicas,
+        kept=kept,
+        not_before=not_before if wait > 0 else None,
     )
     said = f"{cause.message}; going on as generation {ledger.next_generation(seen)}"
     said += f" in {wait:.0f} s" if wait > 0 else ""

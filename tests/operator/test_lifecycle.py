@@ -194,6 +194,54 @@ async def test_a_crash_is_charged_waits_and_keeps_the_evidence(bench: Bench) -> 
     assert bench.metrics.restarts.labels("RankFailed")._value.get() == 1
 
 
+async def test_one_failure_seen_worker_by_worker_is_charged_once(bench: Bench) -> None:
+    await bench.submit(recovery={"backoffSeconds": 5}, workers={"replicas": 3})
+    await bench.train()
+    # The meeting gives all agents the same verdict, and their pods end one after another.
+    verdict = Failure(rank=1, exit_code=1, message="boom")
+    for index, name in enumerate(["llama-1-1", "llama-0-1", "llama-2-1"]):
+        bench.cluster.finish(name, 1, message(Result.FAILED, rank=index, failure=verdict))
+        assert await bench.settle() == 5
+    status = bench.status
+    assert (status.restarts.charged, status.restarts.total) == (1, 1)
+    assert [attempt.generation for attempt in status.attempts] == [1]
+    assert bench.member_pods() == ["llama-0-2", "llama-1-2", "llama-2-2"]
+    bench.cluster.advance(5)
+    await bench.train()
+    assert assigned(bench, "llama-0-2")["generation"] == 2
+
+
+async def test_an_echo_after_the_meeting_is_free(bench: Bench) -> None:
+    await bench.submit(recovery={"backoffSeconds": 0})
+    await bench.train()
+    bench.cluster.finish("llama-1-1", 1, message(Result.FAILED, rank=1))
+    await bench.train()
+    bench.cluster.finish("llama-0-1", 1, message(Result.FAILED, rank=0))
+    await bench.train()
+    assert [(a.generation, a.charged) for a in bench.status.attempts] == [(1, True), (2, False)]
+    assert bench.member_pods() == ["llama-0-3", "llama-1-2"]
+
+
+async def test_a_pod_that_was_never_told_of_a_generation_is_no_echo(bench: Bench) -> None:
+    await bench.submit(recovery={"backoffSeconds": 0})
+    await bench.settle()
+    for name in ("llama-1-1", "llama-0-1"):
+        bench.cluster.start(name)
+        bench.cluster.finish(name, 1, message(Result.FAILED, generation=0))
+        await bench.settle()
+    assert [attempt.charged for attempt in bench.status.attempts] == [True, True]
+
+
+async def test_a_free_loss_does_not_cut_the_wait_after_a_failure_short(bench: Bench) -> None:
+    await bench.submit(recovery={"backoffSeconds": 60})
+    await bench.train()
+    bench.cluster.finish("llama-1-1", 1, message(Result.FAILED, rank=1))
+    await bench.settle()
+    bench.cluster.advance(1)
+    bench.cluster.vanish(Kind.POD, "llama-0-1")
+    assert await bench.settle() == 59
+
+
 async def crash(bench: Bench, code: int = 1) -> None:
     generation = bench.status.assignment.generation
     said = message(Result.FAILED, generation=generation, rank=1)

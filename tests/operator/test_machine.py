@@ -44,7 +44,8 @@ class HostileCluster(RuleBasedStateMachine):
         self.cluster = self.bench.cluster
         self.step = 0
         self.finished: Any = None
-        self.charged = 0
+        self.crashes: dict[str, int | None] = {}  # pods that failed, in which generation
+        self.charged: dict[int, str] = {}  # pod charged with the end of a generation
 
     def run(self, work: Coroutine[Any, Any, Any]) -> None:
         """One piece of the operator's work; a crash or a refused write ends it early."""
@@ -121,7 +122,26 @@ class HostileCluster(RuleBasedStateMachine):
         result = Result.PREEMPTED if code == ExitCode.PREEMPTED else Result.FAILED
         word = self.word(name)
         said = message(result, generation=word["generation"], rank=word["rank"]) if word else ""
+        self.crashes[name] = word["generation"] if word else None
         self.cluster.finish(name, code, said)
+
+    @precondition(lambda self: len(self.all_that_train()) == SIZE)
+    @rule(data=st.data())
+    def a_rank_fails_once_too_often(self, data: st.DataObject) -> None:
+        """The meeting's verdict ends all agents; their pods end in any order, rounds in between."""
+        self.bench.stale = None
+        self.loop.run_until_complete(self.bench.settle())
+        members = self.all_that_train()
+        if len(members) < SIZE:
+            return  # the round had something else to do first
+        generation = self.bench.status.assignment.generation
+        before = len(self.charged)
+        for name in data.draw(st.permutations(members)):
+            self.crashes[name] = generation
+            self.cluster.finish(name, 1, message(Result.FAILED, generation=generation))
+            self.loop.run_until_complete(self.bench.settle())
+            self.every_charge_is_for_a_failure_of_its_own()
+        assert len(self.charged) == before + 1
 
     @precondition(lambda self: self.cluster.pods())
     @rule(data=st.data(), graceful=st.booleans())
@@ -162,6 +182,19 @@ class HostileCluster(RuleBasedStateMachine):
     def leader_running(self) -> bool:
         members = self.bench.member_pods()
         return bool(members) and members[0] in self.living() and self.word(members[0]) is not None
+
+    def all_that_train(self) -> list[str]:
+        """Members that run and were told of the present generation."""
+        status = self.bench.status
+        if status.completion_time is not None or not status.assignment:
+            return []
+        return [
+            name
+            for name in self.bench.member_pods()
+            if name in self.living()
+            and "deletionTimestamp" not in self.cluster.pod(name)["metadata"]
+            and (self.word(name) or {}).get("generation") == status.assignment.generation
+        ]
 
     def complete(self) -> None:
         name = self.bench.member_pods()[0]
@@ -214,6 +247,14 @@ class HostileCluster(RuleBasedStateMachine):
             assert sum(status.restarts.by_reason.values()) == status.restarts.total
         generations = [attempt.generation for attempt in status.attempts]
         assert generations == sorted(generations)
+
+    @invariant()
+    def every_charge_is_for_a_failure_of_its_own(self) -> None:
+        for attempt in self.bench.status.attempts:
+            if attempt.charged:
+                assert self.crashes[attempt.pod] in (None, attempt.generation)
+                assert self.charged.setdefault(attempt.generation, attempt.pod) == attempt.pod
+        assert len(set(self.charged.values())) == len(self.charged)
 
     @invariant()
     def a_finished_job_stays_as_it_is(self) -> None:

@@ -1,12 +1,13 @@
 """Why a generation ended: which member went first, whose fault it was, and whether it may go on.
 
 When one worker dies the others fail soon after, because a collective lost its peer. The first to go
-is the cause, the rest is echo. What the cluster did (preemption, eviction, a deleted pod, a lost
+is the cause, the rest is echo, also where it is seen rounds later: what a worker that was kept says
+about a generation that is over has been judged with that generation. What the cluster did (preemption, eviction, a deleted pod, a lost
 node) is free; a failure of the program is charged; wrong configuration is final at once.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from pretrain_api.status import MAX_MESSAGE, Member
@@ -33,6 +34,7 @@ class Cause:
     rank: int | None = None
     exit_code: int | None = None
     signal: str | None = None
+    echo: bool = False  # of a failure that ended an earlier generation
 
 
 def finished_well(pod: Pod | None) -> bool:
@@ -58,7 +60,20 @@ def diagnose(seen: Observation) -> Cause | None:
         for member in seen.members
         if is_gone(seen, member) and not finished_well(seen.pod_of(member))
     ]
-    return min(causes, key=lambda cause: (not cause.final, cause.at), default=None)
+    first = min(causes, key=lambda c: (not c.final, c.echo, c.at), default=None)
+    # Whoever has been judged already isn't judged again.
+    return replace(first, charged=False) if first and first.echo and not first.final else first
+
+
+def _is_echo(seen: Observation, member: Member, pod: Pod) -> bool:
+    """A member that was kept, and failed in a generation it had been told of before this one.
+
+    A pod that was never told of any generation says 0, which is older than itself: no echo.
+    """
+    said, assignment = pod.exit.message if pod.exit else None, seen.status.assignment
+    if said is None or assignment is None:
+        return False
+    return member.created_in <= said.generation < assignment.generation
 
 
 def _cause(seen: Observation, member: Member, pod: Pod | None) -> Cause:
@@ -68,7 +83,7 @@ def _cause(seen: Observation, member: Member, pod: Pod | None) -> Cause:
     final = _final(pod)
     if final is not None:
         return final
-    return _taken(seen, pod) or _failed(pod)
+    return _taken(seen, pod) or replace(_failed(pod), echo=_is_echo(seen, member, pod))
 
 
 def _final(pod: Pod) -> Cause | None:
