@@ -45,8 +45,38 @@ def test_one_step_can_be_asked_for(manager, state, same):
     for step in (10, 11, 12):
         saver.save(step, {"model": state(step)["model"]})
     target = {"model": state(0)["model"]}
-    assert manager(generation=2, load_step=11).load(target).step == 11
+    assert manager(generation=2, load_step=11, load_only=True).load(target).step == 11
     assert same(target["model"], state(11)["model"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"load_step": 10}, r"load_step starts training at step 10, but .* \(step-12, step-11\)"),
+        ({"exclude_from_loading": ("train_state",)}, r"exclude_from_loading starts .* at step 0,"),
+    ],
+)
+def test_a_start_behind_newer_checkpoints_is_refused(manager, state, same, options, sentence):
+    saver = manager()
+    for step in (10, 11, 12):
+        saver.save(step, {"model": state(step)["model"]})
+    target = {"model": state(0)["model"]}
+    with pytest.raises(CheckpointConfigError, match=sentence):
+        manager(generation=2, **options).load(target)
+    assert same(target["model"], state(0)["model"])
+
+
+def test_what_is_saved_after_going_back_is_what_was_trained_then(manager, state, same, tmp_path):
+    saver = manager()
+    for step in (10, 11):
+        saver.save(step, {"model": state(step)["model"]})
+    (tmp_path / "checkpoint" / "step-11").rename(tmp_path / "abandoned")
+    again = manager(generation=2, load_step=10)
+    assert again.load({"model": state(0)["model"]}).step == 10
+    again.save(11, {"model": state(99)["model"]})
+    target = {"model": state(0)["model"]}
+    assert manager(generation=3).load(target).step == 11
+    assert same(target["model"], state(99)["model"])
 
 
 def test_a_step_that_is_not_there_is_refused(manager, state):
@@ -58,7 +88,8 @@ def test_a_step_that_is_not_there_is_refused(manager, state):
 def test_excluded_sections_stay_as_they_are(manager, state, same):
     manager().save(10, state(10))
     target = state(3) | {"ledger": torch.zeros(10).long()}
-    manager(generation=2, exclude_from_loading=("optimizer", "train_state")).load(target)
+    options = {"exclude_from_loading": ("optimizer", "train_state"), "load_only": True}
+    manager(generation=2, **options).load(target)
     assert same(target["optimizer"], state(3)["optimizer"])
     assert same(target["train_state"], state(3)["train_state"])
     assert same(target["model"], state(10)["model"])

@@ -198,6 +198,23 @@ def test_options_of_a_beginning_apply_to_the_first_start_only(
     assert run(1, fresh_data).losses.keys() == {5, 6}
 
 
+def test_a_rolled_back_run_saves_what_it_trains(
+    run: Run, run_config: MakeConfig, board: Board, supervised: dict[str, str], saved: Saved
+) -> None:
+    run(1, run_config(training={"steps": 6}))
+    back = run_config(training={"steps": 6}, checkpoint={"load_step": 2}, optimizer={"lr": 1e-4})
+    before = saved(back, 6)
+    assert run(1, back, **supervised).code == ExitCode.CONFIG
+    assert "newer checkpoints (step-6, step-4)" in board.failures()[0].message
+
+    root = Path(back.job.dump_folder) / "checkpoint"
+    for step in (4, 6):
+        (root / f"step-{step}").rename(root / f"abandoned-{step}")
+    assert list(run(1, back).losses) == [3, 4, 5, 6]
+    assert checkpoints(back) == ["step-2", "step-4", "step-6"]
+    assert not torch.equal(saved(back, 6)["model.output.weight"], before["model.output.weight"])
+
+
 def test_place_without_torchrun_and_agent() -> None:
     place = Place.from_environment({})
     assert (place.rank, place.world_size, place.board, place.first_start) == (0, 1, None, True)

@@ -162,7 +162,8 @@ class CheckpointManager:
         Raises:
             NothingGoodError: there are committed checkpoints, but none is good. Tensors may have
                 been filled from one that turned out to be damaged: don't train with them.
-            CheckpointConfigError: root, step or model don't fit this job.
+            CheckpointConfigError: root, step or model don't fit this job, or training on would run
+                into newer checkpoints that are there already.
             FencedError: a newer generation holds the root.
         """
         if not self._config.load_only:
@@ -238,14 +239,31 @@ class CheckpointManager:
             return self._root.steps() if self._root.path.is_dir() else []
 
         steps = self._peers.first(look)
-        if asked < 0:
-            return steps
-        if asked not in steps:
+        if asked >= 0 and asked not in steps:
             raise CheckpointConfigError(
                 f"checkpoint.load_step asks for step {asked}, but {self._root.path} has "
                 f"{', '.join(f'step-{step}' for step in steps) or 'no checkpoint at all'}"
             )
-        return [asked]
+        self._refuse_overtaking(steps, asked)
+        return steps if asked < 0 else [asked]
+
+    def _refuse_overtaking(self, steps: list[int], asked: int) -> None:
+        """Refuse a start behind checkpoints of this root.
+
+        Good checkpoints are never replaced, so those that training reaches again would stand for
+        what it did this time, and the next recovery would go back to the old course.
+        """
+        restarts = "train_state" in self._config.exclude_from_loading
+        start = 0 if restarts else asked
+        newer = [step for step in steps if step > start]
+        if self._config.load_only or start < 0 or not newer:
+            return
+        option = "checkpoint.exclude_from_loading" if restarts else "checkpoint.load_step"
+        raise CheckpointConfigError(
+            f"{option} starts training at step {start}, but {self._root.path} has newer "
+            f"checkpoints ({', '.join(f'step-{step}' for step in newer)}), which are never "
+            "replaced: move them away, or use checkpoint.initial_load_path with a new folder"
+        )
 
     def _promise(self, step: int) -> Manifest:
         """The manifest of one of our own steps."""
