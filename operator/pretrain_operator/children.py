@@ -12,7 +12,7 @@ from pretrain_operator.cluster import Kind
 from pretrain_operator.observe import Observation, Pod
 from pretrain_operator.policies import cleanup
 from pretrain_operator.resources import build_claim, build_config, build_pod, build_policy
-from pretrain_operator.resources.volumes import retention_patch
+from pretrain_operator.resources.volumes import owners_for
 
 
 def prepare(seen: Observation, job: PretrainJob) -> list[Action]:
@@ -29,15 +29,24 @@ def prepare(seen: Observation, job: PretrainJob) -> list[Action]:
     template = job.spec.volumes.checkpoint and job.spec.volumes.checkpoint.claim_template
     if template and around.claim is None:
         actions.append(Create(Kind.CLAIM, build_claim(job), "ClaimMissing"))
-    elif template and around.claim and around.claim.owned != _wants_owner(job):
-        patch = retention_patch(job)
-        actions.append(Patch(Kind.CLAIM, around.claim.name, patch, "RetentionChanged"))
     return actions
 
 
-def _wants_owner(job: PretrainJob) -> bool:
-    checkpoint = job.spec.volumes.checkpoint
-    return checkpoint is not None and checkpoint.retention == "Delete"
+def retain(seen: Observation) -> tuple[Action, ...]:
+    """Have the owner of the claim made for the job follow ``retention``, at any time.
+
+    It must not wait until the job goes on: checkpoints are lost with a job that is deleted before.
+    """
+    claim = seen.surroundings.claim if seen.surroundings else None
+    if claim is None or seen.wishes.retention is None or claim.job_uid != seen.uid:
+        return ()
+    owned = any(owner.get("uid") == seen.uid for owner in claim.owners)
+    if owned == (seen.wishes.retention == "Delete"):
+        return ()
+    owners = owners_for(seen.meta, seen.wishes.retention, claim.owners)
+    this = {"uid": claim.uid, "resourceVersion": claim.resource_version}
+    patch = {"metadata": {**this, "ownerReferences": owners or None}}
+    return (Patch(Kind.CLAIM, claim.name, patch, "RetentionChanged"),)
 
 
 def create_pods(seen: Observation, job: PretrainJob) -> list[Action]:

@@ -22,7 +22,7 @@ from pretrain_api.job import ObjectMeta, PretrainJob
 from pretrain_api.status import JobStatus, Member
 from pretrain_api.wire import TerminationMessage, WorkerStatus
 from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError, RefusedError
-from pretrain_operator.resources import claim_name, config_name, policy_name
+from pretrain_operator.resources import claim_name, config_name, own_claim_name, policy_name
 from pretrain_operator.settings import Settings
 
 Json = Mapping[str, Any]
@@ -91,11 +91,13 @@ class Claim:
     """The claim of the checkpoint volume."""
 
     name: str
+    uid: str
+    resource_version: str
     phase: str
     access_modes: tuple[str, ...]
     leaving: bool = False
     job_uid: str | None = None  # label: the job it was made for
-    owned: bool = False  # deleted with the job
+    owners: tuple[Body, ...] = ()  # owner references; with the job's own it is deleted with the job
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,19 @@ class Surroundings:
     claim: Claim | None = None
     config_uid: str | None = None  # job UID label of the ConfigMap; empty if it has none
     policy_uid: str | None = None  # the same of the network policy
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What holds whether or not the rest of the spec validates, read from it as it is stored.
+
+    A job whose spec has become invalid can still be suspended, run out of time and keep its claim.
+    """
+
+    managed_by: str | None = None
+    suspend: bool = False
+    active_deadline_seconds: int | None = None
+    retention: str | None = None  # of the claim made for the job; None if none is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +138,7 @@ class Observation:
     lost_nodes: frozenset[str] = frozenset()
     reports: Mapping[str, WorkerStatus] = field(default_factory=dict[str, WorkerStatus])
     worker_peers: tuple[Body, ...] = ()  # network policy peers that may read workers' status
-    managed_by: str | None = None
+    wishes: Wishes = Wishes()
 
     @property
     def uid(self) -> str:
@@ -166,7 +181,7 @@ class Job:
     job: PretrainJob | None
     problems: tuple[str, ...]
     status: JobStatus
-    managed_by: str | None
+    wishes: Wishes
 
 
 def parse_job(body: Json) -> Job:
@@ -185,7 +200,20 @@ def parse_job(body: Json) -> Job:
         job, problems = None, tuple(_sentence(item) for item in error.errors())
     if too_long := _name_problem(meta.name):
         job, problems = None, (too_long, *problems)
-    return Job(meta, job, problems, status, _part(body, "spec").get("managedBy"))
+    return Job(meta, job, problems, status, parse_wishes(_part(body, "spec")))
+
+
+def parse_wishes(spec: Json) -> Wishes:
+    """The wishes in a stored spec; what is not understood is not wished for."""
+    seconds = spec.get("activeDeadlineSeconds")
+    volume = _part(spec, "volumes", "checkpoint")
+    retention = volume.get("retention", "Retain") if volume.get("claimTemplate") else None
+    return Wishes(
+        managed_by=spec.get("managedBy"),
+        suspend=spec.get("suspend") is True,
+        active_deadline_seconds=seconds if type(seconds) is int and seconds > 0 else None,
+        retention=retention if retention in ("Retain", "Delete") else None,
+    )
 
 
 def _name_problem(name: str) -> str | None:
@@ -290,17 +318,18 @@ def _exit(container: Json) -> Exit | None:
     )
 
 
-def parse_claim(body: Json, job_uid: str) -> Claim:
+def parse_claim(body: Json) -> Claim:
     """Reduce a claim."""
     meta = _part(body, "metadata")
-    owners = cast(Iterable[Json], meta.get("ownerReferences") or ())
     return Claim(
         name=meta["name"],
+        uid=meta["uid"],
+        resource_version=meta["resourceVersion"],
         phase=_part(body, "status").get("phase", "Pending"),
         access_modes=tuple(_part(body, "spec").get("accessModes") or ()),
         leaving=bool(meta.get("deletionTimestamp")),
         job_uid=_label(body, names.LABEL_JOB_UID),
-        owned=any(owner.get("uid") == job_uid for owner in owners),
+        owners=tuple(meta.get("ownerReferences") or ()),
     )
 
 
@@ -325,17 +354,23 @@ async def gather_pods(cluster: Cluster, job: Job, cached: Iterable[Json]) -> tup
 async def gather_surroundings(
     cluster: Cluster, job: Job, pods: tuple[Pod, ...]
 ) -> Surroundings | None:
-    """Claim, ConfigMap and network policy, if something is to be created or the spec changed."""
-    if job.job is None or not _needs_surroundings(job, pods):
+    """Claim, ConfigMap and network policy, if something is to be created or the spec changed.
+
+    Of a job without a valid spec, for which nothing is created, only the claim made for it.
+    """
+    if not _needs_surroundings(job, pods):
         return None
-    namespace, uid = job.meta.namespace or "default", job.meta.uid or ""
-    claim = None
-    if wanted := claim_name(job.job):
-        claim = await _find(cluster, Kind.CLAIM, namespace, wanted)
+    namespace = job.meta.namespace or "default"
+    wanted = own_claim_name(job.meta.name) if job.wishes.retention else None
+    if job.job is not None:
+        wanted = claim_name(job.job)
+    claim = await _find(cluster, Kind.CLAIM, namespace, wanted) if wanted else None
+    if job.job is None:
+        return Surroundings(claim=parse_claim(claim)) if claim else None
     config = await _find(cluster, Kind.CONFIG_MAP, namespace, config_name(job.meta.name))
     policy = await _find(cluster, Kind.NETWORK_POLICY, namespace, policy_name(job.meta.name))
     return Surroundings(
-        claim=parse_claim(claim, uid) if claim else None,
+        claim=parse_claim(claim) if claim else None,
         config_uid=(_label(config, names.LABEL_JOB_UID) or "") if config else None,
         policy_uid=(_label(policy, names.LABEL_JOB_UID) or "") if policy else None,
     )
@@ -345,7 +380,8 @@ def _needs_surroundings(job: Job, pods: tuple[Pod, ...]) -> bool:
     members = job.status.assignment.workers if job.status.assignment else ()
     known = {pod.name for pod in pods}
     changed = job.status.observed_generation != job.meta.generation
-    return changed or not members or any(member.pod not in known for member in members)
+    finished = job.status.completion_time is not None  # rounds are rare then, and its last ones
+    return finished or changed or not members or any(member.pod not in known for member in members)
 
 
 async def gather_lost_nodes(cluster: Cluster, pods: Iterable[Pod]) -> frozenset[str]:
@@ -388,7 +424,7 @@ async def gather(
         job=job.job,
         problems=job.problems,
         status=job.status,
-        managed_by=job.managed_by,
+        wishes=job.wishes,
         now=now,
         nonce=nonce,
         image=settings.trainer_image,

@@ -23,7 +23,7 @@ from pretrain_operator.policies.diagnosis import Cause
 from pretrain_operator.policies.restart import GiveUp
 from pretrain_operator.progress import report_of_leader, with_progress
 from pretrain_operator.report import report, unless_said
-from pretrain_operator.status import INVALID, healed, holds, is_finished, mark, view
+from pretrain_operator.status import INVALID, healed, holds, is_finished, judged, mark, view
 
 CONTROLLER = "pretrain.dev/pretrain-operator"  # spec.managedBy of jobs that are ours
 RECHECK_SECONDS = 15.0  # for what no watch reports: claims, names that are taken
@@ -33,7 +33,7 @@ MIN_POLL_SECONDS, MAX_POLL_SECONDS = 2.0, 10.0
 
 def plan(seen: Observation) -> Plan:
     """Decide what to do about one job."""
-    if seen.meta.deletion_timestamp or seen.managed_by not in (None, CONTROLLER):
+    if seen.meta.deletion_timestamp or seen.wishes.managed_by not in (None, CONTROLLER):
         return Plan()  # the garbage collector's, or another controller's
     for judge in CHECKLIST:
         verdict = judge(seen)
@@ -49,7 +49,8 @@ def clear_up(seen: Observation) -> Plan | None:
     """A finished job is never touched again; its leftovers go, and in time the job itself."""
     if not is_finished(seen.status):
         return None
-    actions: list[Action] = []
+    # Before the job itself is deleted, and what it owns with it.
+    actions: list[Action] = [*children.retain(seen)]
     wakes: list[datetime] = []
     leftovers = cleanup.leftovers(seen.pods)
     linger = cleanup.linger_until(seen.status, completed=holds(seen.status, names.COMPLETE))
@@ -100,25 +101,37 @@ def refuse(seen: Observation) -> Plan | None:
     """
     if not seen.problems:
         return None
-    message = "; ".join(seen.problems)
-    status = mark(seen, seen.status, names.FAILED, True, INVALID, message)
-    status = mark(seen, status, names.RUNNING, False, INVALID, message)
-    news = unless_said(seen, names.FAILED, Notice(INVALID, message, warning=True))
-    return Plan(status=view(seen, status), events=news)
+    status = judged(seen, seen.status)
+    status = mark(seen, status, names.RUNNING, False, INVALID, "; ".join(seen.problems))
+    status = mark(seen, status, names.SUSPENDED, False, "Resumed")
+    return Plan(
+        actions=children.retain(seen),
+        status=view(seen, status),
+        events=_complaint(seen),
+        wake_after=_seconds_until(seen, [item.at for item in deadline.deadlines(seen)]),
+    )
+
+
+def _complaint(seen: Observation) -> tuple[Notice, ...]:
+    if not seen.problems:
+        return ()
+    warning = Notice(INVALID, "; ".join(seen.problems), warning=True)
+    return unless_said(seen, names.FAILED, warning)
 
 
 def suspend(seen: Observation) -> Plan | None:
     """Suspended: no member, so that every pod is a stray, is told to leave, and saves."""
-    if not _job(seen).spec.suspend:
+    if not seen.wishes.suspend:
         return None
     notice = Notice("Suspended", "workers save and leave; training goes on when resumed")
     if seen.members:
         status = ledger.with_attempt(seen, Cause("Suspended", "spec.suspend was set"))
-        return _ahead(_suspended(seen, ledger.without_members(status)), notice)
+        status = _suspended(seen, ledger.without_members(status))
+        return _ahead(status, notice, *_complaint(seen))
     return Plan(
-        actions=children.tidy(seen, "Suspended"),
+        actions=(*children.retain(seen), *children.tidy(seen, "Suspended")),
         status=_suspended(seen, seen.status),
-        events=unless_said(seen, names.SUSPENDED, notice),
+        events=(*unless_said(seen, names.SUSPENDED, notice), *_complaint(seen)),
     )
 
 
@@ -127,12 +140,12 @@ def _suspended(seen: Observation, status: JobStatus) -> JobStatus:
     status = mark(seen, status, names.SUSPENDED, True, "Suspended", "spec.suspend is set")
     for other in (names.RUNNING, names.RESTARTING):
         status = mark(seen, status, other, False, "Suspended", "spec.suspend is set")
-    return view(seen, healed(seen, status))
+    return view(seen, judged(seen, status))
 
 
 def expire(seen: Observation) -> Plan | None:
     """Deadlines of the job and of finding nodes."""
-    due = [d for d in deadline.deadlines(seen, _job(seen).spec) if d.at <= seen.now]
+    due = [d for d in deadline.deadlines(seen) if d.at <= seen.now]
     if not due:
         return None
     return _fail(seen, min(due, key=lambda item: item.at).verdict)
@@ -147,7 +160,7 @@ def hold(seen: Observation) -> Plan | None:
     status = mark(seen, seen.status, names.RUNNING, False, found.reason, found.message)
     warning = Notice(found.reason, found.message, warning=True)
     return Plan(
-        actions=children.tidy(seen, found.reason),
+        actions=(*children.retain(seen), *children.tidy(seen, found.reason)),
         status=view(seen, healed(seen, status)),
         events=unless_said(seen, names.RUNNING, warning, found.reason),
         wake_after=RECHECK_SECONDS,
@@ -227,6 +240,7 @@ def converge(seen: Observation) -> Plan:
     return Plan(
         actions=(
             *children.prepare(seen, job),
+            *children.retain(seen),
             *children.create_pods(seen, job),
             *children.announce(seen),
             *children.tidy(seen, "Replaced"),
@@ -252,7 +266,7 @@ def _job(seen: Observation) -> PretrainJob:
 
 def _next_look(seen: Observation, status: JobStatus) -> float | None:
     """When something is due that no event announces."""
-    wakes = [item.at for item in deadline.deadlines(seen, _job(seen).spec)]
+    wakes = [item.at for item in deadline.deadlines(seen)]
     assignment = status.assignment
     if assignment and assignment.not_before and seen.now < assignment.not_before:
         wakes.append(assignment.not_before)
@@ -282,9 +296,9 @@ def _seconds_until(seen: Observation, times: list[datetime]) -> float | None:
 CHECKLIST: tuple[Callable[[Observation], Plan | None], ...] = (
     clear_up,  # finished: nothing but cleaning up
     complete,  # the leader left the completion marker
-    refuse,  # the spec doesn't validate; below this line it does
     suspend,  # by wish
     expire,  # out of time
+    refuse,  # the spec doesn't validate; below this line it does
     regroup,  # a member is gone: restart or give up
     hold,  # the volume can't be used
     begin,  # nobody is a member yet

@@ -143,6 +143,13 @@ def healed(seen: Observation, status: JobStatus) -> JobStatus:
     return mark(seen, status, names.FAILED, False, "Valid", "the spec was corrected")
 
 
+def judged(seen: Observation, status: JobStatus) -> JobStatus:
+    """Status that says whether the spec is valid."""
+    if not seen.problems:
+        return healed(seen, status)
+    return mark(seen, status, names.FAILED, True, INVALID, "; ".join(seen.problems))
+
+
 def view(seen: Observation, status: JobStatus, *, throttle: bool = True) -> JobStatus:
     """Status with everything that follows from pods and conditions."""
     # Members of the status being built: a plan that changes them shows their pods at once.

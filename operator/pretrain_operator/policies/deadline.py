@@ -16,13 +16,13 @@ class Deadline:
     verdict: GiveUp
 
 
-def deadlines(seen: Observation, spec: JobSpec) -> list[Deadline]:
+def deadlines(seen: Observation) -> list[Deadline]:
     """All deadlines that apply now, in no order."""
-    return [*_active(seen, spec), *_scheduling(seen, spec)]
+    return [*_active(seen), *(_scheduling(seen, seen.job.spec) if seen.job else ())]
 
 
-def _active(seen: Observation, spec: JobSpec) -> list[Deadline]:
-    seconds, start = spec.active_deadline_seconds, seen.status.start_time
+def _active(seen: Observation) -> list[Deadline]:
+    seconds, start = seen.wishes.active_deadline_seconds, seen.status.start_time
     if seconds is None or start is None:
         return []
     message = f"the job ran for activeDeadlineSeconds ({seconds} s) without completing"

@@ -2,8 +2,9 @@
 
 When one worker dies the others fail soon after, because a collective lost its peer. The first to go
 is the cause, the rest is echo, also where it is seen rounds later: what a worker that was kept says
-about a generation that is over has been judged with that generation. What the cluster did (preemption, eviction, a deleted pod, a lost
-node) is free; a failure of the program is charged; wrong configuration is final at once.
+about a generation that is over has been judged with that generation. What the cluster did
+(preemption, a drained or lost node, a deleted pod) is free; a failure of the program is charged;
+wrong configuration is final at once.
 """
 
 from collections.abc import Iterable

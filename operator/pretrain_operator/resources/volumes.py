@@ -3,10 +3,13 @@
 A retained claim has no owner: it must outlive its job, whatever becomes of the operator.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from pretrain_api.job import PretrainJob
+from pretrain_api.job import ObjectMeta, PretrainJob
 from pretrain_operator.resources.metadata import metadata, owner
+
+Body = dict[str, Any]
 
 
 def claim_name(job: PretrainJob) -> str | None:
@@ -14,7 +17,12 @@ def claim_name(job: PretrainJob) -> str | None:
     volume = job.spec.volumes.checkpoint
     if volume is None:
         return None
-    return volume.claim_name or f"{job.metadata.name}-checkpoint"
+    return volume.claim_name or own_claim_name(job.metadata.name)
+
+
+def own_claim_name(job_name: str) -> str:
+    """Name of a claim made from a job's template."""
+    return f"{job_name}-checkpoint"
 
 
 def access_modes(job: PretrainJob) -> list[str]:
@@ -49,8 +57,11 @@ def build_claim(job: PretrainJob) -> dict[str, Any]:
     }
 
 
-def retention_patch(job: PretrainJob) -> dict[str, Any]:
-    """Merge patch that makes the claim's owner follow ``retention``."""
-    volume = job.spec.volumes.checkpoint
-    owners = [owner(job.metadata)] if volume and volume.retention == "Delete" else None
-    return {"metadata": {"ownerReferences": owners}}
+def owners_for(job: ObjectMeta, retention: str, owners: Sequence[Body]) -> list[Body]:
+    """Owner references of a claim with that ``retention``: the job comes or goes, others stay."""
+    others = [other for other in owners if other.get("uid") != job.uid]
+    if retention != "Delete":
+        return others
+    # An object has one controller at most.
+    controlled = any(other.get("controller") for other in others)
+    return [*others, owner(job) | {"controller": not controlled}]
