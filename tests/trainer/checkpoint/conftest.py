@@ -3,27 +3,27 @@
 Ranks are forked, not spawned: a fork takes milliseconds, importing torch again takes seconds.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # what an optimizer imports when it is made: better once than in every fork
+import torch._dynamo  # sharding a model imports it: better once than in every fork
 import torch.distributed as dist
 
 from pretrain_api.config import Checkpoint
 from pretrain_trainer.checkpoint.manager import CheckpointManager
 from pretrain_trainer.checkpoint.root import Identity
 
-torch.set_num_threads(1)  # threads of the parent would not survive the fork
-
 CHUNK = 512  # bytes; small enough that even toy tensors have several chunks
-DEADLINE = 60  # seconds for a world of forked ranks
+DEADLINE = 40  # seconds for a world of forked ranks
 
 MakeManager = Callable[..., CheckpointManager]
 MakeState = Callable[..., dict[str, Any]]
@@ -91,11 +91,14 @@ def _manager_maker(root: Path) -> MakeManager:
         fingerprint: dict[str, str] | None = None,
         chunk_bytes: int = CHUNK,
         attempt: int = 0,
+        recovering: bool = False,
         **config: Any,
     ) -> CheckpointManager:
         identity = Identity(uid, generation, nonce, fingerprint or {}, attempt)
         section = Checkpoint(enable=True, **config)
-        return CheckpointManager(root, section, identity, chunk_bytes=chunk_bytes)
+        return CheckpointManager(
+            root, section, identity, recovering=recovering, chunk_bytes=chunk_bytes
+        )
 
     return make
 
@@ -118,7 +121,8 @@ def _run(size: int, store: Path, work: Callable[..., Any], args: tuple[Any, ...]
     try:
         answers = []
         for number, (receive, _) in enumerate(pipes):
-            assert receive.poll(DEADLINE), f"rank {number} hangs"
+            ready = wait([receive, ranks[number].sentinel], DEADLINE)
+            assert receive in ready, f"rank {number} {'died' if ready else 'hangs'}"
             answers.append(receive.recv())
     finally:
         for rank in ranks:
@@ -132,7 +136,11 @@ def _run(size: int, store: Path, work: Callable[..., Any], args: tuple[Any, ...]
 def _rank(
     rank: int, size: int, store: Path, send: Any, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    faulthandler.dump_traceback_later(DEADLINE - 10)  # where a rank hangs, if it does
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    # Before anything else has threads: after a fork, torch replaces its pool in the first call, and
+    # aborts when several threads (of autograd) make it at once.
+    torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo",

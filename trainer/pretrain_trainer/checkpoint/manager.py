@@ -90,6 +90,9 @@ class CheckpointManager:
         config: the run's ``checkpoint`` section.
         identity: who this is; see :class:`Identity`.
         group: ranks that save together, with a gloo backend. None makes an own group of all.
+        recovering: this start goes on from where the run was, which is its newest checkpoint as a
+            whole. checkpoint.load_step and, of the run's own checkpoints, exclude_from_loading are
+            about a beginning: they are ignored. A run that has no checkpoint yet begins again.
         chunk_bytes: how much one digest covers.
     """
 
@@ -100,9 +103,12 @@ class CheckpointManager:
         identity: Identity,
         group: dist.ProcessGroup | None = None,
         *,
+        recovering: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._config = config
+        self._load_step = -1 if recovering else config.load_step
+        self._excluded = () if recovering else config.exclude_from_loading  # of our own steps
         self._identity = identity
         self._root = Root(root, identity)
         self._peers = Peers(group)
@@ -168,8 +174,8 @@ class CheckpointManager:
         """
         if not self._config.load_only:
             self._enter()
-        asked = self._config.load_step if step is None else step
-        wanted = {k: v for k, v in state.items() if k not in self._config.exclude_from_loading}
+        asked = self._load_step if step is None else step
+        wanted = {name: part for name, part in state.items() if name not in self._excluded}
         skipped: list[SkippedCheckpoint] = []
         lost = asked >= 0
         for candidate in self._candidates(asked):
@@ -186,7 +192,7 @@ class CheckpointManager:
                 f"no good checkpoint is left in {self._root.path} ({reasons}): restore one, or set "
                 "checkpoint.folder to a new folder to start afresh"
             )
-        return LoadReport(None, tuple(skipped), initial=self._load_initial(wanted))
+        return LoadReport(None, tuple(skipped), initial=self._load_initial(state))
 
     def prune(self) -> list[int]:
         """Delete old checkpoints beyond checkpoint.keep_latest_k and return their steps.
@@ -253,7 +259,7 @@ class CheckpointManager:
         Good checkpoints are never replaced, so those that training reaches again would stand for
         what it did this time, and the next recovery would go back to the old course.
         """
-        restarts = "train_state" in self._config.exclude_from_loading
+        restarts = "train_state" in self._excluded
         start = 0 if restarts else asked
         newer = [step for step in steps if step > start]
         if self._config.load_only or start < 0 or not newer:
@@ -285,19 +291,20 @@ class CheckpointManager:
     def _compare_fingerprint(self, step: int, promised: Manifest) -> None:
         for part, now in self._identity.fingerprint.items():
             then = promised.fingerprint.get(part, now)
-            if then != now and part not in self._config.exclude_from_loading:
+            if then != now and part not in self._excluded:
                 raise CheckpointConfigError(
                     f"step-{step} was made with another {part} ({then} instead of {now}): restore "
                     "that setting, or start a new job that adopts the weights with "
                     f"checkpoint.initial_load_path = {self._root.step(step)}"
                 )
 
-    def _load_initial(self, wanted: dict[str, Any]) -> Path | None:
-        if self._config.initial_load_path is None:
+    def _load_initial(self, state: dict[str, Any]) -> Path | None:
+        options = self._config
+        if options.initial_load_path is None:
             return None
-        path = Path(self._config.initial_load_path)
-        if self._config.initial_load_model_only:
-            wanted = {MODEL: wanted[MODEL]}
+        path = Path(options.initial_load_path)
+        names = {MODEL} if options.initial_load_model_only else state.keys()
+        wanted = {name: state[name] for name in names - set(options.exclude_from_loading)}
         try:
             loading.fill_foreign(self._peers, path, wanted, MODEL)
         except (DamagedError, CheckpointConfigError) as error:
