@@ -134,11 +134,22 @@ def with_report(seen: Observation, status: JobStatus) -> JobStatus:
 
 
 def throttled(before: JobStatus, after: JobStatus, now: datetime) -> JobStatus:
-    """Status as it is to be written: the numbers of before if only they changed, and too soon."""
+    """Status as it is to be written: the numbers of before if only they changed, and too soon.
+
+    All a worker reports is held back: what is written is seen by the watch and causes a round, so
+    news in every answer would make one write after the other.
+    """
     if before.progress is None or before.progress.updated is None:
         return after
     if now - before.progress.updated >= timedelta(seconds=PROGRESS_SECONDS):
         return after
-    numbers = {"progress": before.progress, "goodput": before.goodput}
+    numbers: dict[str, Any] = {
+        "progress": before.progress,
+        "goodput": before.goodput,
+        "checkpoint": before.checkpoint,
+    }
+    if before.restarts and after.restarts:
+        in_place = {"in_place": before.restarts.in_place}
+        numbers["restarts"] = after.restarts.model_copy(update=in_place)
     held = after.model_copy(update=numbers)
     return before if held == before else after

@@ -606,3 +606,27 @@ async def test_the_deadline_holds_for_a_job_whose_spec_became_invalid(bench: Ben
     bench.cluster.advance(60)
     await bench.settle()
     assert bench.condition(names.FAILED) == ("True", "DeadlineExceeded")
+
+
+async def test_news_in_every_answer_does_not_make_every_round_a_write(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train(FORTY)
+    assignment = bench.status.assignment
+    before, restarted = len(bench.cluster.writes), 0
+
+    def saved(step: int) -> None:
+        report = CHECKPOINT.model_copy(update={"step": step})
+        bench.report(Progress(step=step, steps=100, step_seconds=2.0, checkpoint=report))
+        leader = assignment.workers[0].pod
+        said = bench.workers.reports[leader]
+        bench.workers.reports[leader] = said.model_copy(update={"restarts_in_place": restarted})
+
+    for step in range(50, 60):
+        restarted += 1
+        saved(step)
+        assert await bench.round() >= 1
+    assert len(bench.cluster.writes) == before
+    bench.cluster.advance(10)
+    await bench.settle()
+    status = bench.status
+    assert (status.progress.step, status.checkpoint.step, status.restarts.in_place) == (59, 59, 10)
