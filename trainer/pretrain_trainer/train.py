@@ -85,7 +85,7 @@ def train(trainer: Trainer) -> Order:
         if ends:
             break
         if trainer.save_due(report.agreed.order):
-            trainer.save()
+            trainer.save(must=leaves)
         if leaves:
             return Order.DRAIN
     return Order.NONE

@@ -1,5 +1,6 @@
 """How runs begin and end: orders, bad input, seeds, finite data, and what a start may load."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from pretrain_agent.board import Board
 from pretrain_api import names
 from pretrain_api.config import RunConfig
 from pretrain_api.wire import ExitCode, Order, Phase
+from pretrain_trainer import train
+from pretrain_trainer.checkpoint.root import Root
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.settings import Place, load_config
 
@@ -60,6 +63,37 @@ def test_drain_saves_on_all_ranks_and_leaves(
     assert (progress.step, progress.steps, progress.resumed_from) == (4, 4, 1)
     assert (progress.checkpoint.step, progress.checkpoint.path) == (4, "checkpoint/step-4")
     assert progress.first_loss != progress.loss
+
+
+def run_on_a_full_volume(path: str) -> None:
+    """One rank of a run whose volume has room for checkpoints no more."""
+
+    def full(self: Root, step: int) -> Path:
+        raise OSError(errno.ENOSPC, f"no room for step {step} in {self.path}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Root, "begin", full)
+        train.main(path)
+
+
+@pytest.mark.parametrize(("order", "failing"), [(Order.DRAIN, 1), (Order.SAVE, 4)])
+def test_leaving_without_the_save_that_was_ordered_is_a_failure(
+    ranks: Callable[..., Any],
+    run_config: MakeConfig,
+    board: Board,
+    supervised: dict[str, str],
+    tmp_path: Path,
+    order: Order,
+    failing: int,
+) -> None:
+    config = run_config(checkpoint={"interval": 100})
+    path = tmp_path / "run.json"
+    path.write_text(config.model_dump_json())
+    board.order = order
+    with pytest.raises(AssertionError, match=r"SaveFailedError: .*no room for step"):
+        ranks(1, run_on_a_full_volume, str(path), environment=supervised)
+    # A failed save alone doesn't end training: leaving after it does.
+    assert (board.read(0).phase, board.read(0).step) == (Phase.SAVE, failing)
 
 
 def test_an_order_to_save_is_obeyed_once(
