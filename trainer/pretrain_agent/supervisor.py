@@ -96,6 +96,7 @@ class Supervisor:
         self.restart_seconds: float | None = None
         self._stopped_at: float | None = None  # when the failure was reported, until all run again
         self._outcome: asyncio.Future[Outcome] | None = None
+        self._message: TerminationMessage | None = None  # the last one written
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -115,9 +116,13 @@ class Supervisor:
             task.add_done_callback(self._surface)
         try:
             outcome = await self._outcome
+            # Closing waits for processes stuck in storage, and SIGKILL may come before they go.
+            self._leave_message(outcome)
         finally:
             await self._close(talk, watch)
-        self._leave_message(outcome)
+        self._leave_message(outcome)  # a save may have ended after the first one
+        shutil.rmtree(self.directory, ignore_errors=True)
+        log.info("%s, exit code %d", outcome.result, outcome.exit_code)
         endpoints.shutdown()
         return outcome.exit_code
 
@@ -180,6 +185,7 @@ class Supervisor:
         self.pump.close()
 
     def _leave_message(self, outcome: Outcome) -> None:
+        """Write the termination message, unless this is what was written last."""
         step = max(beat.step for beat in self.board.beats())
         message = TerminationMessage(
             result=outcome.result,
@@ -190,9 +196,9 @@ class Supervisor:
             restarts_in_place=self.restarts,
             failure=outcome.failure,
         )
-        termination.write(self.settings.termination_log, message)
-        shutil.rmtree(self.directory, ignore_errors=True)
-        log.info("%s, exit code %d", outcome.result, outcome.exit_code)
+        if message != self._message:
+            termination.write(self.settings.termination_log, message)
+        self._message = message
 
     # -- what others may know -------------------------------------------------------------------
 

@@ -1,0 +1,67 @@
+"""Decisions of a supervisor, made in this process: its launcher is a socket, its ranks a board."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain_agent import process
+from pretrain_agent.settings import Settings
+from pretrain_agent.supervisor import Supervisor
+from pretrain_api import names
+from pretrain_api.wire import Progress, Result, TerminationMessage
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    """A supervisor that starts nothing and kills nothing."""
+    environment = {
+        names.ENV_ASSIGNMENT: str(tmp_path / "assignment"),
+        names.ENV_TERMINATION_LOG: str(tmp_path / "termination"),
+        names.ENV_HTTP_PORT: "0",
+        names.ENV_MEETING_PORT: "0",
+        names.ENV_HOST: "127.0.0.1",
+    }
+    created = Supervisor(Settings.from_environment(environment))
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(created, "_start_launcher", lambda: ours)
+    monkeypatch.setattr(process, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(process, "reap", dict)
+    monkeypatch.setattr(process, "kill_descendants", lambda timeout: [])
+    with theirs:
+        yield created
+
+
+def message(supervisor: Supervisor) -> TerminationMessage:
+    return TerminationMessage.model_validate_json(supervisor.settings.termination_log.read_bytes())
+
+
+async def run_until_terminated(supervisor: Supervisor) -> int:
+    """Run it, and send it SIGTERM once it looks at its assignment."""
+    turn = supervisor.turn
+    task = asyncio.create_task(supervisor.run())
+    async with asyncio.timeout(20):
+        while supervisor.turn == turn:
+            await asyncio.sleep(0.005)
+        signal.raise_signal(signal.SIGTERM)
+        return await task
+
+
+def test_the_message_is_there_before_processes_stuck_in_storage_are_waited_for(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TerminationMessage] = []
+
+    def stuck(timeout: float) -> list[process.Process]:
+        seen.append(message(supervisor))
+        supervisor.board.put_progress(Progress(step=9))  # its save ended after all
+        return []
+
+    monkeypatch.setattr(process, "kill_descendants", stuck)
+    supervisor.board.put_progress(Progress(step=8))
+    assert asyncio.run(run_until_terminated(supervisor)) == 143
+    assert [(early.result, early.progress.step) for early in seen] == [(Result.PREEMPTED, 8)]
+    assert message(supervisor).progress.step == 9
