@@ -74,13 +74,17 @@ class Trainer:
         first = step == 1 and options.enable_first_step_checkpoint
         return first or step % options.interval == 0 or order in (Order.SAVE, Order.DRAIN)
 
-    def save(self, *, last: bool = False) -> None:
+    def save(self, *, last: bool = False, must: bool = False) -> None:
         """Commit a checkpoint of the current step, then delete old ones. Collective.
 
         One failure is survived, loudly: the next save may find the storage well again.
 
+        Args:
+            last: training is complete with this step.
+            must: this process leaves next, so there is no later save to make up for this one.
+
         Raises:
-            SaveFailedError: if it is the second in a row, or the last save of all.
+            SaveFailedError: if it is the second in a row, or if no other save follows.
         """
         if self.checkpoints is None or self.config.checkpoint.load_only:
             return
@@ -89,7 +93,7 @@ class Trainer:
             committed = self.checkpoints.save(self.state.step, self._tensors(), last=last)
         except SaveFailedError:
             self.failed_saves += 1
-            if last or self.failed_saves > 1:
+            if last or must or self.failed_saves > 1:
                 raise
             logger.exception("step %d could not be saved; training goes on", self.state.step)
             return
@@ -181,11 +185,8 @@ def open_checkpoints(config: RunConfig, place: Place) -> CheckpointManager | Non
         options = options.model_copy(
             update={"last_save_model_only": True, "export_dtype": "float32"}
         )
-    if not place.first_start:
-        options = options.model_copy(update={"load_step": -1, "exclude_from_loading": ()})
     identity = Identity(
         job_uid=place.job_uid, generation=place.generation, nonce=place.nonce, round=place.round
     )
-    return CheckpointManager(
-        Path(config.job.dump_folder) / config.checkpoint.folder, options, identity
-    )
+    root = Path(config.job.dump_folder) / config.checkpoint.folder
+    return CheckpointManager(root, options, identity, recovering=not place.first_start)

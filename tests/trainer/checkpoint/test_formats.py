@@ -63,6 +63,36 @@ def test_a_start_from_another_jobs_checkpoint(manager, manager_at, state, same, 
     assert manager(generation=2, **config).load(target).step == 8, "own checkpoints come first"
 
 
+@pytest.mark.parametrize("recovering", [False, True])
+def test_exclusions_hold_until_the_run_has_a_checkpoint_of_its_own(
+    manager, manager_at, state, same, tmp_path, recovering
+):
+    manager_at(tmp_path / "other")(uid="job-0").save(7, state(7))
+    options = {
+        "initial_load_path": str(tmp_path / "other/step-7"),
+        "initial_load_model_only": False,
+        "exclude_from_loading": ("optimizer", "ledger"),
+    }
+    target = state(0)
+    again = manager(recovering=recovering, **options)
+    again.load(target)
+    assert same(target["model"], state(7)["model"])
+    assert same(target["optimizer"], state(0)["optimizer"])
+
+    again.save(8, state(8))
+    target = state(8) | {"optimizer": state(0)["optimizer"]}
+    manager(generation=2, recovering=True, **options).load(target)
+    assert same(target["optimizer"], state(8)["optimizer"]), "a recovery goes on with all of it"
+
+
+def test_a_recovery_goes_on_from_the_newest_step(manager, state):
+    saver = manager()
+    for step in (10, 11):
+        saver.save(step, {"model": state(step)["model"]})
+    target = {"model": state(0)["model"]}
+    assert manager(generation=2, recovering=True, load_step=10).load(target).step == 11
+
+
 def test_a_start_from_exported_weights(manager, manager_at, state, same, tmp_path):
     other = manager_at(tmp_path / "other")(last_save_model_only=True)
     other.save(7, state(7), last=True)
