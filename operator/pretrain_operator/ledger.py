@@ -29,8 +29,17 @@ def with_attempt(seen: Observation, cause: Cause) -> JobStatus:
     for pod in seen.pods:
         if pod.exit and pod.exit.message and _led(seen, pod):
             status = with_progress(status, pod.exit.message.progress, seen.now)
-    attempts = (*status.attempts, _attempt(seen, status, cause))[-MAX_ATTEMPTS:]
+    attempts = _bounded((*status.attempts, _attempt(seen, status, cause)))
     return status.model_copy(update={"attempts": attempts})
+
+
+def _bounded(attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+    """The ledger within its bound. Free attempts go first: the budget counts the charged ones."""
+    if len(attempts) <= MAX_ATTEMPTS:
+        return attempts
+    *earlier, _ = attempts
+    out = next((each for each in earlier if not each.charged), attempts[0])
+    return tuple(each for each in attempts if each is not out)
 
 
 def with_restart(status: JobStatus, cause: Cause, charged: int) -> JobStatus:

@@ -60,6 +60,7 @@ class Pod:
     created: datetime
     phase: str = "Pending"
     reason: str = ""  # of the pod itself, such as Evicted
+    message: str = ""  # the sentence that goes with it
     node: str | None = None
     ip: str | None = None
     ready: bool = False
@@ -249,7 +250,8 @@ def parse_pod(body: Json) -> Pod | None:
         created_in=created_in,
         created=_time(meta.get("creationTimestamp")) or datetime.fromtimestamp(0, UTC),
         phase=status.get("phase", "Pending"),
-        reason=status.get("reason", ""),
+        reason=status.get("reason") or "",
+        message=status.get("message") or "",
         node=_part(body, "spec").get("nodeName"),
         ip=status.get("podIP"),
         ready=conditions.get("Ready", {}).get("status") == "True",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pretrain_api import names
-from pretrain_api.status import JobPhase
+from pretrain_api.status import MAX_ATTEMPTS, JobPhase
 from pretrain_api.wire import CheckpointReport, ExitCode, Failure, Phase, Progress, Result
 from pretrain_operator.cluster import ConflictError, Kind
 from pretrain_operator.testing import JOB, Bench, condition, message
@@ -321,6 +321,74 @@ async def test_disruptions_are_free(bench: Bench, reason: str) -> None:
     await bench.settle()
     assert bench.status.restarts.by_reason == {reason: 1}
     assert bench.condition(names.FAILED) is None
+
+
+async def test_an_eviction_without_a_disruption_is_the_pods_own_fault(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    bench.cluster.finish("llama-1-1", 137)
+    why = 'Usage of EmptyDir volume "cache" exceeds the limit "1Gi".'
+    bench.cluster.set_status("llama-1-1", reason="Evicted", message=why)
+    await bench.settle()
+    attempt = bench.status.attempts[-1]
+    assert (attempt.reason, attempt.charged) == ("Evicted", True)
+    assert why in attempt.message
+
+
+async def test_an_eviction_for_the_nodes_sake_is_free_and_says_why(bench: Bench) -> None:
+    await bench.submit(recovery={"maxRestarts": 0})
+    await bench.train()
+    disrupted = condition("DisruptionTarget", "True", reason="TerminationByKubelet")
+    bench.cluster.set_status(
+        "llama-1-1", phase="Failed", reason="Evicted", message="low on memory",
+        conditions=[disrupted],
+    )  # fmt: skip
+    await bench.settle()
+    attempt = bench.status.attempts[-1]
+    assert (attempt.reason, attempt.charged) == ("TerminationByKubelet", False)
+    assert "low on memory" in attempt.message
+
+
+@pytest.mark.parametrize("leaving", [True, False])
+async def test_exit_143_without_our_word_is_free_only_of_a_pod_that_leaves(
+    bench: Bench, leaving: bool
+) -> None:
+    await bench.submit()
+    await bench.train()
+    if leaving:
+        bench.cluster.remove(Kind.POD, "llama-1-1")
+    bench.cluster.finish("llama-1-1", 143)
+    await bench.settle()
+    assert bench.status.attempts[-1].charged is not leaving
+
+
+@pytest.mark.parametrize("reason", ["OutOfcpu", "OutOfnvidia.com/gpu", "UnexpectedAdmissionError"])
+async def test_a_kubelet_that_does_not_admit_the_pod_costs_nothing_but_time(
+    bench: Bench, reason: str
+) -> None:
+    await bench.submit(recovery={"maxRestarts": 0, "backoffSeconds": 5})
+    waits = []
+    for _ in range(3):
+        await bench.settle()
+        name = bench.member_pods()[1]
+        bench.cluster.set_status(name, phase="Failed", reason=reason, message="no room")
+        waits.append(await bench.settle())
+    assert bench.status.restarts.by_reason == {reason: 3}
+    assert waits[-1] == 5
+
+
+async def test_free_restarts_do_not_push_failures_out_of_the_ledger(bench: Bench) -> None:
+    await bench.submit(
+        recovery={"maxRestarts": 1, "backoffSeconds": 0, "windowSeconds": 86_400 * 7}
+    )
+    await bench.train()
+    await crash(bench)
+    for _ in range(MAX_ATTEMPTS + 2):
+        bench.cluster.vanish(Kind.POD, bench.member_pods()[1])
+        await bench.train()
+    assert len(bench.status.attempts) == MAX_ATTEMPTS
+    await crash(bench)
+    assert bench.condition(names.FAILED) == ("True", "BackoffLimitExceeded")
 
 
 async def test_free_restarts_that_come_thick_and_fast_wait(bench: Bench) -> None:

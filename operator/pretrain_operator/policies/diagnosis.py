@@ -15,8 +15,14 @@ from pretrain_api.status import MAX_MESSAGE, Member
 from pretrain_api.wire import ExitCode, Result
 from pretrain_operator.observe import Exit, Observation, Pod
 
-# Reasons the kubelet puts on a pod that it stopped for the node's sake.
-FREE_POD_REASONS = ("Evicted", "NodeLost", "NodeShutdown", "Preempting", "Shutdown", "Terminated")
+# Reasons the kubelet puts on a pod that it stopped, or never started, for the node's sake. Evicted
+# is none: it is also said of a pod that outgrew its own limits; if the node was short of something,
+# the condition DisruptionTarget is there as well.
+FREE_POD_REASONS = (
+    "NodeLost", "NodeShutdown", "Preempting", "Shutdown", "Terminated",
+    "NodeAffinity", "TopologyAffinityError", "UnexpectedAdmissionError",
+)  # fmt: skip
+FREE_POD_PREFIX = "OutOf"  # OutOfcpu, OutOfmemory, OutOfpods, OutOfnvidia.com/gpu
 FINAL_CODES = {ExitCode.CONFIG: "InvalidConfiguration", ExitCode.DO_NOT_RETRY: "DoNotRetry"}
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 
@@ -100,29 +106,38 @@ def _taken(seen: Observation, pod: Pod) -> Cause | None:
     reason: str | None = pod.disruption
     if reason is None and pod.leaving:
         reason = "NodeLost" if pod.node in seen.lost_nodes else "PodDeleted"
-    if reason is None and pod.reason in FREE_POD_REASONS:
+    if reason is None and _is_nodes_doing(pod.reason):
         reason = pod.reason
     if reason is None and _is_preempted(pod.exit):
         reason = "Preempted"
     if reason is None:
         return None
-    message = f"worker {pod.index} ({pod.name}) was taken away: {reason}"
+    message = _message(f"worker {pod.index} ({pod.name}) was taken away: {reason}", pod.message)
     code = pod.exit.code if pod.exit else None
     return Cause(reason, message, at=at, pod=pod.name, node=pod.node, exit_code=code)
 
 
+def _is_nodes_doing(reason: str) -> bool:
+    return reason in FREE_POD_REASONS or reason.startswith(FREE_POD_PREFIX)
+
+
 def _is_preempted(ended: Exit | None) -> bool:
-    if ended is None:
+    """By the agent's own word. The exit code alone may be anybody's; a pod that leaves is free."""
+    if ended is None or ended.message is None:
         return False
-    said = ended.message.result if ended.message else None
-    return ended.code == ExitCode.PREEMPTED or said is Result.PREEMPTED
+    return ended.message.result is Result.PREEMPTED
+
+
+def _message(what: str, why: str) -> str:
+    return f"{what}: {why.strip()}"[:MAX_MESSAGE] if why.strip() else what
 
 
 def _failed(pod: Pod) -> Cause:
     if pod.exit is None:
         message = f"worker {pod.index} ({pod.name}) failed before its container ended"
+        message = _message(message, pod.message)
         return Cause(pod.reason or "PodFailed", message, charged=True, pod=pod.name, node=pod.node)
-    return _from_exit(pod, pod.exit, _reason(pod.exit), charged=True)
+    return _from_exit(pod, pod.exit, pod.reason or _reason(pod.exit), charged=True)
 
 
 def _reason(ended: Exit) -> str:
@@ -138,13 +153,11 @@ def _reason(ended: Exit) -> str:
 
 def _from_exit(pod: Pod, ended: Exit, reason: str, *, charged: bool, final: bool = False) -> Cause:
     failure = ended.message.failure if ended.message else None
-    said = (failure.message if failure else ended.text).strip()
+    said = failure.message if failure else ended.text or pod.message
     message = f"worker {pod.index} ({pod.name}) exited with {ended.code}"
-    if said:
-        message = f"{message}: {said}"
     return Cause(
         reason=reason,
-        message=message[:MAX_MESSAGE],
+        message=_message(message, said),
         charged=charged,
         final=final,
         at=ended.finished or BEGINNING,
