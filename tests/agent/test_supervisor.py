@@ -3,16 +3,18 @@
 import asyncio
 import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
 import pytest
 
 from pretrain_agent import process
+from pretrain_agent.member import State
 from pretrain_agent.settings import Settings
 from pretrain_agent.supervisor import Supervisor
 from pretrain_api import names
-from pretrain_api.wire import Progress, Result, TerminationMessage
+from pretrain_api.wire import Phase, Progress, Result, TerminationMessage
 
 
 @pytest.fixture
@@ -39,14 +41,22 @@ def message(supervisor: Supervisor) -> TerminationMessage:
     return TerminationMessage.model_validate_json(supervisor.settings.termination_log.read_bytes())
 
 
-async def run_until_terminated(supervisor: Supervisor) -> int:
-    """Run it, and send it SIGTERM once it looks at its assignment."""
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  # what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+async def while_running(
+    supervisor: Supervisor, scenario: Callable[[], Coroutine[None, None, None]]
+) -> int:
+    """Run it, let something happen, send SIGTERM; returns the exit code."""
     turn = supervisor.turn
     task = asyncio.create_task(supervisor.run())
+    await until(lambda: supervisor.turn != turn)
+    await scenario()
+    signal.raise_signal(signal.SIGTERM)
     async with asyncio.timeout(20):
-        while supervisor.turn == turn:
-            await asyncio.sleep(0.005)
-        signal.raise_signal(signal.SIGTERM)
         return await task
 
 
@@ -62,6 +72,28 @@ def test_the_message_is_there_before_processes_stuck_in_storage_are_waited_for(
 
     monkeypatch.setattr(process, "kill_descendants", stuck)
     supervisor.board.put_progress(Progress(step=8))
-    assert asyncio.run(run_until_terminated(supervisor)) == 143
+
+    async def nothing() -> None: ...
+
+    assert asyncio.run(while_running(supervisor, nothing)) == 143
     assert [(early.result, early.progress.step) for early in seen] == [(Result.PREEMPTED, 8)]
     assert message(supervisor).progress.step == 9
+
+
+@pytest.mark.parametrize(("done", "result"), [(True, Result.COMPLETE), (False, Result.FAILED)])
+def test_a_launcher_that_dies_after_its_ranks_are_done_spoils_nothing(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, done: bool, result: Result
+) -> None:
+    launcher = subprocess.Popen(["sleep", "300"])
+    monkeypatch.setattr(supervisor, "_launcher", launcher)
+    monkeypatch.setattr(process, "reap", lambda: {launcher.pid: launcher.wait()})
+
+    async def scenario() -> None:
+        if done:
+            supervisor.board.publish(0, Phase.DONE, 5)
+            supervisor.member.state = State.FINISHED
+        launcher.kill()
+        await until(lambda: supervisor._outcome is not None and supervisor._outcome.done())
+
+    asyncio.run(while_running(supervisor, scenario))
+    assert message(supervisor).result is result

@@ -419,7 +419,11 @@ class Supervisor:
         asyncio.create_task(self._launcher_died(code))  # noqa: RUF006  # it ends this process
 
     async def _launcher_died(self, code: int) -> None:
+        """Without it no rank can start; but ranks that are done need none."""
         await asyncio.get_running_loop().run_in_executor(None, self.pump.flush)
+        if self.member.state is State.FINISHED:
+            self._end(self._completion())
+            return
         failure = Failure(
             exit_code=1,
             signal=failures.signal_name(-code) if code < 0 else None,
