@@ -6,15 +6,17 @@ import socket
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain_agent import process
+from pretrain_agent.link import Stopped
 from pretrain_agent.member import State
 from pretrain_agent.settings import Settings
 from pretrain_agent.supervisor import Supervisor
 from pretrain_api import names
-from pretrain_api.wire import Phase, Progress, Result, TerminationMessage
+from pretrain_api.wire import Assignment, Phase, Progress, Result, TerminationMessage
 
 
 @pytest.fixture
@@ -97,3 +99,31 @@ def test_a_launcher_that_dies_after_its_ranks_are_done_spoils_nothing(
 
     asyncio.run(while_running(supervisor, scenario))
     assert message(supervisor).result is result
+
+
+def assign(supervisor: Supervisor, generation: int, rank: int | None, **extra: Any) -> None:
+    assignment = Assignment(
+        generation=generation, rank=rank, size=2, leader="127.0.0.1:9", nonce="n", **extra
+    )
+    supervisor.settings.assignment.write_text(assignment.to_json())
+
+
+@pytest.mark.parametrize(("rank", "known"), [(0, 8), (1, 0), (None, 0)])
+@pytest.mark.parametrize("running", [True, False])
+def test_progress_is_forgotten_where_rank_0_is_no_longer(
+    supervisor: Supervisor, rank: int | None, known: int, running: bool
+) -> None:
+    async def scenario() -> None:
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.status().generation == 1)
+        supervisor.member.state = State.RUNNING if running else State.STOPPED
+        supervisor.board.put_progress(Progress(step=8))
+        assign(supervisor, 2, rank=rank)
+        await until(lambda: supervisor.status().generation == 2)
+        if running:
+            assert supervisor.status().progress.step == 8  # its writer may still be at it
+            await supervisor._hear_launcher(Stopped())
+        assert supervisor.status().progress.step == known
+
+    asyncio.run(while_running(supervisor, scenario))
+    assert message(supervisor).progress.step == known

@@ -169,6 +169,10 @@ class Board:
         payload = self._progress.read()
         return None if payload is None else Progress.model_validate_json(payload)
 
+    def forget_progress(self) -> None:
+        """For the supervisor, when global rank 0 is no longer here and no local rank runs."""
+        self._progress.write(b"")
+
     def put_failure(self, local_rank: int, failure: Failure) -> None:
         """Leave this rank's last words; a message over the capacity keeps its end."""
         payload = failure.to_json().encode()

@@ -267,6 +267,8 @@ class Supervisor:
             self._client_task.cancel()
         self._client_task, self.client = None, None
         self.failures_without_progress = 0
+        if self.member.state in (State.WARMING, State.STOPPED):
+            self._forget_progress_of_others()
         leads = assignment.rank == 0
         meeting = Meeting(assignment.generation, assignment.size) if leads else None
         self.server.host(meeting, assignment.nonce)
@@ -281,6 +283,14 @@ class Supervisor:
         )
         self._client_task = asyncio.create_task(self.client.run())
         self._client_task.add_done_callback(self._surface)
+
+    def _forget_progress_of_others(self) -> None:
+        """Where global rank 0 was and no longer is, what it published gets old.
+
+        Only while no rank runs, and not of ranks that finished: theirs is the end of the job.
+        """
+        if self.member.rank != 0:
+            self.board.forget_progress()
 
     def _obey(self, order: Order) -> None:
         """Pass an order to the ranks. A drain that SIGTERM began is not taken back."""
@@ -371,6 +381,7 @@ class Supervisor:
         step = max(beat.step for beat in self.board.beats())
         if self._launcher is not None:
             process.kill_orphans(self._launcher.pid, spare=self._launcher.pid)
+        self._forget_progress_of_others()
         if failure is not None:
             log.warning("rank %s: %s: %s", failure.rank, failure.reason, _last_line(failure))
         if self.draining:
