@@ -32,7 +32,7 @@ from pretrain_operator.status import mark, view
 
 log = logging.getLogger(__name__)
 
-NOTE_LIMIT = 1024  # characters of an Event's text that the API takes
+NOTE_LIMIT = 1024  # bytes of an Event's text that the API takes
 
 
 async def apply(
@@ -172,7 +172,7 @@ def build_event(job: Body, notice: Notice) -> Body:
         "reportingInstance": names.MANAGED_BY,
         "action": notice.reason,
         "reason": notice.reason,
-        "note": notice.message[:NOTE_LIMIT],
+        "note": notice.message.encode()[:NOTE_LIMIT].decode(errors="ignore"),
         "type": "Warning" if notice.warning else "Normal",
         "regarding": {
             "apiVersion": names.API_VERSION,

@@ -9,7 +9,6 @@ A cache may lag. It can make a pod look missing that is there: creating it again
 harmlessly, and before a member is called lost it is asked for by name.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from pretrain_api import names
 from pretrain_api.job import ObjectMeta, PretrainJob
 from pretrain_api.status import JobStatus, Member
 from pretrain_api.wire import TerminationMessage, WorkerStatus
+from pretrain_operator.border import read_termination_message
 from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError, RefusedError
 from pretrain_operator.resources import claim_name, config_name, own_claim_name, policy_name
 from pretrain_operator.settings import Settings
@@ -307,10 +307,7 @@ def _exit(container: Json) -> Exit | None:
     if not ended:
         return None
     text = ended.get("message") or ""
-    try:
-        message = TerminationMessage.model_validate(json.loads(text))
-    except (ValueError, ValidationError):
-        message = None
+    message = read_termination_message(text)
     return Exit(
         code=int(ended.get("exitCode", 0)),
         reason=ended.get("reason") or "",

@@ -19,6 +19,7 @@ INVALID = "Invalid"  # the one reason of Failed that heals
 STARTING_REASONS = ("WorkersStarting", "WorldStarting")
 # A leader that can't be asked (a network policy, a mesh) must not look like one that doesn't train.
 LEADER_SILENCE = timedelta(seconds=60)
+MAX_CONDITION = 32_768  # characters of a condition's message that the API takes
 TRAINED_PHASES = (Phase.STEP, Phase.EVAL, Phase.SAVE, Phase.DONE)
 
 
@@ -63,7 +64,7 @@ def with_condition(
         type=kind,
         status=word,
         reason=reason,
-        message=message,
+        message=message[:MAX_CONDITION],
         last_transition_time=before.last_transition_time if before and same else now,
         observed_generation=generation,
     )

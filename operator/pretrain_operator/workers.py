@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol, Self
 
 import aiohttp
-from pydantic import ValidationError
 
 from pretrain_api import names
 from pretrain_api.wire import WorkerStatus
+from pretrain_operator.border import read_status
 from pretrain_operator.observe import Pod
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,20 @@ class HttpWorkers:
             raise RuntimeError("HttpWorkers must be entered with 'async with' first")
         host = f"[{address}]" if ":" in address else address
         try:
-            async with self._session.get(f"http://{host}:{self._port}/status") as response:
-                text = await response.content.read(SIZE_LIMIT)
+            url = f"http://{host}:{self._port}/status"
+            # A worker must not send the operator elsewhere: it sees more of the network.
+            async with self._session.get(url, allow_redirects=False) as response:
                 if response.status != 200:
                     return None
-                return WorkerStatus.model_validate_json(text)
-        except (TimeoutError, aiohttp.ClientError, OSError, ValidationError) as error:
+                return read_status(await _read(response.content))
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             log.debug("worker at %s did not answer: %r", host, error)
             return None
+
+
+async def _read(stream: aiohttp.StreamReader) -> bytes:
+    """The body to its end, or as much as the limit allows: then it is cut and makes no sense."""
+    data = b""
+    while len(data) < SIZE_LIMIT and (more := await stream.read(SIZE_LIMIT - len(data))):
+        data += more
+    return data

@@ -75,3 +75,36 @@ async def test_a_worker_that_hangs_costs_no_more_than_the_limit(
 
     async with worker(answer) as port, HttpWorkers(port) as asker, asyncio.timeout(10):
         assert await asker.ask([pod(), pod("b")]) == {}
+
+
+async def test_an_answer_in_pieces_is_read_to_its_end() -> None:
+    status = WorkerStatus(generation=3, phase=Phase.SAVE, step=7)
+    text = status.to_json().encode()
+    first_read = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(text[:10])
+        await first_read.wait()
+        await response.write(text[10:])
+        return response
+
+    async with worker(answer) as port, HttpWorkers(port) as asker:
+        asked = asyncio.create_task(asker.ask([pod()]))
+        asyncio.get_running_loop().call_later(0.1, first_read.set)
+        assert await asked == {"a-0-1": status}
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.path_qs)
+        if not request.query_string:
+            raise web.HTTPFound("/status?elsewhere")
+        return web.Response(text=WorkerStatus().to_json())
+
+    async with worker(answer) as port, HttpWorkers(port) as asker:
+        assert await asker.ask([pod()]) == {}
+    assert asked == ["/status"]
