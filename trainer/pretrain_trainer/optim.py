@@ -37,6 +37,14 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimize
     return optimizer
 
 
+@torch.no_grad()
+def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Give step counts and moments their initial values, in place."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's live state, flat, keyed by parameter name: ``state.<name>.exp_avg`` etc.
 

@@ -16,7 +16,7 @@ from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.init import initialise
 from pretrain_trainer.loss import cross_entropy_sum
 from pretrain_trainer.models.registry import build_model
-from pretrain_trainer.optim import build_optimizer, schedule
+from pretrain_trainer.optim import build_optimizer, reset_optimizer, schedule
 from pretrain_trainer.parallel.parallelize import parallelize
 from pretrain_trainer.precision.compile import compile_loss
 from pretrain_trainer.settings import Place
@@ -59,8 +59,10 @@ class Trainer:
         self.telemetry.note(skipped=found.skipped)
         if found.complete and found.step:
             return self._check_complete(found.step)
-        if not found.complete:  # else a seed: weights for a run that starts at step 0
+        if not found.complete:
             restore(tensors, self.state, self.machine.loader)
+        elif found.skipped:  # a seed, after some of a damaged step was filled in before that showed
+            reset_optimizer(self.machine.optimizer)
         if found.step is not None:
             self.telemetry.resumed(self.state, found.skipped)
             self.supervision.report(self.telemetry.progress)

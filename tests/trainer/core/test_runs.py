@@ -198,6 +198,20 @@ def test_seed_checkpoint_starts_other_layouts(run: Run, run_config: MakeConfig) 
     assert list(started.losses) == [1, 2, 3, 4]
 
 
+def test_a_seed_after_damaged_steps_starts_like_the_seed_alone(
+    run: Run, run_config: MakeConfig
+) -> None:
+    config = run_config(checkpoint={"create_seed_checkpoint": True})
+    run(1, config)
+    undisturbed = run(2, run_config())
+    for step in ("step-2", "step-4"):  # rank 0's half is good and is filled in before it is known
+        half = Path(config.job.dump_folder) / "checkpoint" / step / "__1_0.distcp"
+        data = bytearray(half.read_bytes())
+        data[len(data) // 2] ^= 1
+        half.write_bytes(data)
+    assert run(2, run_config()).losses == undisturbed.losses
+
+
 def test_initial_weights_of_another_run(run: Run, run_config: MakeConfig, saved: Saved) -> None:
     first = run_config()
     run(1, first)

@@ -72,7 +72,8 @@ class LoadReport:
         step: of the checkpoint that was loaded; None where training starts afresh.
         skipped: newer ones that were passed over, newest first.
         complete: the checkpoint holds only weights, as one that was saved after the last step
-            does: training had ended, and only the model was filled.
+            does: training had ended. Only the model was filled from it; where newer ones were
+            skipped, other sections may hold parts of those.
         initial: checkpoint.initial_load_path, if that was loaded instead.
     """
 
