@@ -16,7 +16,15 @@ from pretrain_agent.member import State
 from pretrain_agent.settings import Settings
 from pretrain_agent.supervisor import Supervisor
 from pretrain_api import names
-from pretrain_api.wire import Assignment, Phase, Progress, Result, TerminationMessage
+from pretrain_api.wire import (
+    Assignment,
+    CheckpointReport,
+    Order,
+    Phase,
+    Progress,
+    Result,
+    TerminationMessage,
+)
 
 
 @pytest.fixture
@@ -127,3 +135,39 @@ def test_progress_is_forgotten_where_rank_0_is_no_longer(
 
     asyncio.run(while_running(supervisor, scenario))
     assert message(supervisor).progress.step == known
+
+
+def test_an_order_to_save_ends_with_the_save(supervisor: Supervisor) -> None:
+    board = supervisor.board
+
+    def at(step: int, saved: int) -> None:
+        checkpoint = CheckpointReport(step=saved, time=1.0, path="here", bytes=1)
+        board.put_progress(Progress(step=step, checkpoint=checkpoint))
+
+    async def watched() -> None:
+        """A whole turn of the loop later."""
+        for _ in range(2):
+            turn = supervisor.turn
+            await until(lambda turn=turn: supervisor.turn != turn)
+
+    async def scenario() -> None:
+        at(step=8, saved=6)
+        assign(supervisor, 1, rank=0, orders=Order.SAVE)
+        await until(lambda: board.order is Order.SAVE)
+        at(step=9, saved=7)  # what was on its way when the order came does not answer it
+        await watched()
+        assert board.order is Order.SAVE
+        at(step=9, saved=9)
+        await until(lambda: board.order is Order.NONE)
+        assign(supervisor, 2, rank=0, orders=Order.SAVE)  # stands in the operator's word
+        await until(lambda: supervisor.status().generation == 2)
+        assert board.order is Order.NONE
+        assign(supervisor, 2, rank=0)
+        await until(lambda: supervisor._order is Order.NONE)
+        at(step=20, saved=9)
+        assign(supervisor, 2, rank=0, orders=Order.SAVE)  # is another one
+        await until(lambda: board.order is Order.SAVE)
+        await watched()
+        assert board.order is Order.SAVE
+
+    asyncio.run(while_running(supervisor, scenario))

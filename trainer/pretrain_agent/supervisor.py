@@ -92,6 +92,8 @@ class Supervisor:
         self._launcher_writer: asyncio.StreamWriter | None = None
         self._oom_kills = cgroup.oom_kills()
         self._deadline: float | None = None  # of the drain, on the monotonic clock
+        self._order = Order.NONE  # the operator's, which stands when the board's is carried out
+        self._save_from = 0  # a checkpoint of this step or a later one answers an order to save
         self.turn = time.monotonic()
         self.restart_seconds: float | None = None
         self._stopped_at: float | None = None  # when the failure was reported, until all run again
@@ -243,6 +245,7 @@ class Supervisor:
                     self._enter_generation(assignment)
                 self._say(sayings)
                 self._obey(assignment.orders)
+            self._withdraw_save()
             self._time_restart()
             if self._deadline is not None and self.turn > self._deadline:
                 text = "the grace period ended before the checkpoint was saved"
@@ -296,13 +299,28 @@ class Supervisor:
         """Pass an order to the ranks. A drain that SIGTERM began is not taken back."""
         if self._deadline is not None:
             return
-        if order is not self.board.order:
+        if order is not self._order:
             log.info("order: %s", order)
-        self.board.order = order
+            progress = self.board.progress() or Progress()
+            self._save_from = max(progress.step, *(beat.step for beat in self.board.beats()))
+        if order is not self._order or order is not Order.SAVE:
+            self.board.order = order
+        self._order = order
         if order is Order.STOP:
             self._end(termination.preempted())
         elif order is Order.DRAIN:
             self._leave_if_idle()
+
+    def _withdraw_save(self) -> None:
+        """An order to save ends with the save, or ranks that restart would obey it once more.
+
+        Global rank 0 knows, and only its vote to save counts.
+        """
+        if self.board.order is not Order.SAVE:
+            return
+        progress = self.board.progress() or Progress()
+        if progress.checkpoint is not None and progress.checkpoint.step >= self._save_from:
+            self.board.order = Order.NONE
 
     def _terminate(self, name: str) -> None:
         """SIGTERM or SIGINT: save and leave; a second one does not wait for the save."""

@@ -24,8 +24,14 @@ class Supervision:
             self._board.publish(self._local_rank, phase, step)
 
     def new_order(self) -> Order:
-        """The order in force if it wasn't returned before, else NONE: an order is obeyed once."""
+        """The order in force if it wasn't returned before, else NONE: an order is obeyed once.
+
+        An order to save counts at rank 0 only, whose supervisor withdraws it when it sees the
+        checkpoint; elsewhere it stands, and ranks that restart would take it for a new one.
+        """
         order = self._board.order if self._board else Order.NONE
+        if order == Order.SAVE and self._rank != 0:
+            return Order.NONE
         if order == self._obeyed:
             return Order.NONE
         self._obeyed = order
