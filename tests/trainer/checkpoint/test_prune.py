@@ -82,3 +82,15 @@ def test_a_deletion_that_fails_is_logged_and_tried_again(manager, state, root, c
         assert saver.prune() == []
     assert "step-1 could not be deleted" in caplog.text
     assert saver.prune() == [1]
+
+
+def test_a_root_that_can_not_be_listed_does_not_end_training(
+    manager, state, root, caplog, monkeypatch
+):
+    saver = manager(keep_latest_k=2)
+    fill(saver, state, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", lambda *_: (_ for _ in ()).throw(OSError(116, "Stale handle")))
+        assert saver.prune() == []
+    assert "could not be listed for deletion: [Errno 116] Stale handle" in caplog.text
+    assert saver.prune() == [1]

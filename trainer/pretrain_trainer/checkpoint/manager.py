@@ -199,8 +199,8 @@ class CheckpointManager:
         """Delete old checkpoints beyond checkpoint.keep_latest_k and return their steps.
 
         Nothing happens before this process has saved a checkpoint and read it back, and that one
-        and newer ones are never deleted. A deletion that fails is logged, and tried again the next
-        time.
+        and newer ones are never deleted. What storage refuses is logged and tried again the next
+        time: a run doesn't end because something old can't be deleted.
 
         Raises:
             FencedError: a newer generation holds the root.
@@ -315,20 +315,28 @@ class CheckpointManager:
         return path
 
     def _prune(self) -> list[int]:
+        try:
+            doomed = self._dispensable()
+        except OSError as error:
+            logger.warning("old checkpoints could not be listed for deletion: %s", error)
+            return []
+        removed = []
+        for step in doomed:
+            try:
+                self._root.remove(step)
+                removed.append(step)
+            except OSError as error:
+                logger.warning("step-%d could not be deleted: %s", step, error)
+        return removed
+
+    def _dispensable(self) -> list[int]:
+        """Steps beyond checkpoint.keep_latest_k good ones, older than the one read back."""
         assert self._safe is not None
         steps = self._root.steps()
         kept = [step for step in steps if self._looks_good(step)][: self._config.keep_latest_k]
         if len(kept) < self._config.keep_latest_k:
             return []
-        removed = []
-        for step in steps:
-            if step < min(kept[-1], self._safe):
-                try:
-                    self._root.remove(step)
-                    removed.append(step)
-                except OSError as error:
-                    logger.warning("step-%d could not be deleted: %s", step, error)
-        return removed
+        return [step for step in steps if step < min(kept[-1], self._safe)]
 
     def _looks_good(self, step: int) -> bool:
         try:
