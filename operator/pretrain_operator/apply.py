@@ -1,9 +1,10 @@
 """Carry out a plan: the thin part that writes.
 
 Order matters and is the same always. A plan that is written ahead writes the status, under the
-resourceVersion that was read, and nothing else. Any other acts first and writes the status last, so
-that the status never claims what has not happened. Every action may be done twice: names are
-deterministic, and deletions and patches name the UID they mean.
+resourceVersion that was read, and nothing else. Any other acts first and writes the status then, so
+that the status never claims what has not happened. Events come last: whether something is news is
+judged by the status, and one that could not be written must not be told again and again. Every
+action may be done twice: names are deterministic, and deletions and patches name the UID they mean.
 """
 
 import asyncio
@@ -26,9 +27,10 @@ from pretrain_operator.cluster import (
 )
 from pretrain_operator.merge import merge_patch
 from pretrain_operator.metrics import Metrics
-from pretrain_operator.observe import Observation, belongs
+from pretrain_operator.observe import Observation, belongs, label_of
 from pretrain_operator.plan import CONTROLLER, RECHECK_SECONDS
-from pretrain_operator.status import mark, view
+from pretrain_operator.report import unless_said
+from pretrain_operator.status import condition_of, is_finished, mark, view
 
 log = logging.getLogger(__name__)
 
@@ -47,25 +49,29 @@ async def apply(
     try:
         await executor.act(plan.actions)
     except RefusedError as refusal:
-        status, refused = _refused(seen, status or seen.status, refusal)
-        events, wake = (*events, *refused), RECHECK_SECONDS
-    if plan.write_ahead:
-        await executor.write(status)
-        await executor.tell(events)
-    else:
-        await executor.tell(events)
-        await executor.write(status)
+        if is_finished(seen.status):
+            raise  # nothing is said about a finished job any more
+        status, events = _refused(seen, status or seen.status, events, refusal)
+        wake = RECHECK_SECONDS
+    await executor.write(status)
+    await executor.tell(events)
     return wake
 
 
 def _refused(
-    seen: Observation, status: JobStatus, refusal: RefusedError
+    seen: Observation, status: JobStatus, events: tuple[Notice, ...], refusal: RefusedError
 ) -> tuple[JobStatus, tuple[Notice, ...]]:
-    """Quota, policy or missing rights: for people to see, and to try again now and then."""
-    said = next((c.message for c in seen.status.conditions if c.type == names.RUNNING), "")
-    status = mark(seen, status, names.RUNNING, False, "WorkersRefused", str(refusal))
-    news = () if said == str(refusal) else (Notice("WorkersRefused", str(refusal), warning=True),)
-    return view(seen, status), news
+    """Quota, policy or missing rights: for people to see, and to try again now and then.
+
+    An Event is due when the reason is new. The message may differ each time: quotas quote numbers.
+    """
+    planned = condition_of(status, names.RUNNING)
+    # The reason that would have been shown isn't, so it would be news again next time.
+    events = tuple(each for each in events if not planned or each.reason != planned.reason)
+    notice = Notice("WorkersRefused", str(refusal), warning=True)
+    events = (*events, *unless_said(seen, names.RUNNING, notice, notice.reason))
+    status = mark(seen, status, names.RUNNING, False, notice.reason, notice.message)
+    return view(seen, status), events
 
 
 class _Executor:
@@ -87,13 +93,11 @@ class _Executor:
                 raise min(failures, key=lambda error: isinstance(error, RefusedError))
 
     async def _perform(self, action: Action) -> None:
-        namespace = self._seen.namespace
         match action:
             case Create(kind, body, _):
                 await self._create(kind, body)
             case Patch(kind, name, patch, _):
-                await self._cluster.patch(kind, namespace, name, patch)
-                self._metrics.writes.labels(kind.plural, "patch").inc()
+                await self._patch(kind, name, patch)
             case Delete(kind, name, uid, _):
                 await self._delete(kind, name, uid)
         log.info("%s: %s", self._where(), describe(action))
@@ -106,9 +110,18 @@ class _Executor:
         except ConflictError:
             # Ours already, and the cache is behind? Or somebody else's, then wait until it goes.
             there = await self._cluster.get(kind, self._seen.namespace, name)
-            if not belongs(there, self._seen.uid):
+            # A retained claim has no owner: its label alone says whose it is.
+            labelled = label_of(there, names.LABEL_JOB_UID) == self._seen.uid
+            if not (labelled if kind is Kind.CLAIM else belongs(there, self._seen.uid)):
                 message = f"{kind.plural} {name} exists and doesn't belong to this job"
                 raise RefusedError(f"{message}; delete it or rename the job") from None
+
+    async def _patch(self, kind: Kind, name: str, patch: Body) -> None:
+        try:
+            await self._cluster.patch(kind, self._seen.namespace, name, patch)
+            self._metrics.writes.labels(kind.plural, "patch").inc()
+        except NotFoundError:
+            pass  # gone since it was seen; its end is about to start another round
 
     async def _delete(self, kind: Kind, name: str, uid: str) -> None:
         try:

@@ -21,9 +21,9 @@ def prepare(seen: Observation, job: PretrainJob) -> list[Action]:
     if around is None:
         return []
     actions: list[Action] = []
-    if around.config_uid is None:
+    if around.config_is_ours is None:
         actions.append(Create(Kind.CONFIG_MAP, build_config(job), "ConfigMissing"))
-    if around.policy_uid is None:
+    if around.policy_is_ours is None:
         policy = build_policy(job, seen.worker_peers)
         actions.append(Create(Kind.NETWORK_POLICY, policy, "PolicyMissing"))
     template = job.spec.volumes.checkpoint and job.spec.volumes.checkpoint.claim_template

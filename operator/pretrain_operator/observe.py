@@ -103,11 +103,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What pods need beside themselves. Names of objects that are there, and whose they are."""
+    """What pods need beside themselves: what of it is there, and whose it is."""
 
     claim: Claim | None = None
-    config_uid: str | None = None  # job UID label of the ConfigMap; empty if it has none
-    policy_uid: str | None = None  # the same of the network policy
+    config_is_ours: bool | None = None  # whether the ConfigMap of that name is; None if none is
+    policy_is_ours: bool | None = None  # the same of the network policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,11 +265,16 @@ def parse_pod(body: Json) -> Pod | None:
 
 
 def belongs(body: Json, job_uid: str) -> bool:
-    """Whether a child was made for this very job, not for another one of the same name."""
-    return _label(body, names.LABEL_JOB_UID) == job_uid
+    """Whether a child was made for this very job, not for another one of the same name.
+
+    The owner reference says so. A label may have been copied with the rest of a manifest.
+    """
+    owners = cast(Iterable[Json], _part(body, "metadata").get("ownerReferences") or ())
+    return any(owner.get("uid") == job_uid for owner in owners)
 
 
-def _label(body: Json, key: str) -> str | None:
+def label_of(body: Json, key: str) -> str | None:
+    """A label of an object."""
     return _part(body, "metadata", "labels").get(key)
 
 
@@ -327,7 +332,7 @@ def parse_claim(body: Json) -> Claim:
         phase=_part(body, "status").get("phase", "Pending"),
         access_modes=tuple(_part(body, "spec").get("accessModes") or ()),
         leaving=bool(meta.get("deletionTimestamp")),
-        job_uid=_label(body, names.LABEL_JOB_UID),
+        job_uid=label_of(body, names.LABEL_JOB_UID),
         owners=tuple(meta.get("ownerReferences") or ()),
     )
 
@@ -359,7 +364,7 @@ async def gather_surroundings(
     """
     if not _needs_surroundings(job, pods):
         return None
-    namespace = job.meta.namespace or "default"
+    namespace, uid = job.meta.namespace or "default", job.meta.uid or ""
     wanted = own_claim_name(job.meta.name) if job.wishes.retention else None
     if job.job is not None:
         wanted = claim_name(job.job)
@@ -370,8 +375,8 @@ async def gather_surroundings(
     policy = await _find(cluster, Kind.NETWORK_POLICY, namespace, policy_name(job.meta.name))
     return Surroundings(
         claim=parse_claim(claim) if claim else None,
-        config_uid=(_label(config, names.LABEL_JOB_UID) or "") if config else None,
-        policy_uid=(_label(policy, names.LABEL_JOB_UID) or "") if policy else None,
+        config_is_ours=belongs(config, uid) if config else None,
+        policy_is_ours=belongs(policy, uid) if policy else None,
     )
 
 

@@ -68,7 +68,7 @@ def clear_up(seen: Observation) -> Plan | None:
 
 def complete(seen: Observation) -> Plan | None:
     """Done when the leader's termination message says so, whoever was awake to see it."""
-    leader = diagnosis.finished_leader(seen.pods)
+    leader = diagnosis.finished_leader(seen)
     if leader is None or leader.exit is None or leader.exit.message is None:
         return None
     status = with_progress(seen.status, leader.exit.message.progress, seen.now)

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from pretrain_api import names
-from pretrain_operator.cluster import Kind
-from pretrain_operator.testing import JOB, Bench
+from pretrain_api.wire import Progress, Result
+from pretrain_operator.cluster import ConflictError, Kind
+from pretrain_operator.testing import JOB, Bench, message
 
 NAMED = {"checkpoint": {"claimName": "shared"}}
 
@@ -114,3 +115,94 @@ async def test_a_refused_pod_is_shown_once_and_tried_again(bench: Bench) -> None
     bench.cluster.admit = lambda kind, body: None
     await bench.train()
     assert len(bench.cluster.pods()) == 2
+
+
+async def test_a_refusal_with_other_numbers_each_time_is_one_event(bench: Bench) -> None:
+    used = iter(range(1000))
+    bench.cluster.admit = lambda kind, body: (
+        f"exceeded quota: used {next(used)}" if kind is Kind.POD else None
+    )
+    await bench.submit()
+    for _ in range(6):
+        await bench.round()
+    assert bench.events().count("WorkersRefused") == 1
+    assert bench.condition(names.RUNNING) == ("False", "WorkersRefused")
+
+
+async def test_trouble_beside_a_refusal_is_no_news_each_time(bench: Bench) -> None:
+    bench.cluster.admit = lambda kind, body: (
+        "quota" if kind is Kind.POD and body["metadata"]["name"] == "llama-1-1" else None
+    )
+    await bench.submit()
+    await bench.settle()
+    waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
+    status = {"name": names.CONTAINER, "state": {"waiting": waiting}}
+    bench.cluster.set_status("llama-0-1", containerStatuses=[status])
+    for _ in range(4):
+        await bench.round()
+    assert bench.events().count("ImagePullBackOff") <= 1
+    assert bench.events().count("WorkersRefused") == 1
+
+
+async def test_an_event_is_told_only_after_its_status_was_written(bench: Bench) -> None:
+    await bench.submit(volumes=NAMED)
+    write = bench.cluster.patch_status
+
+    async def conflict(*_: Any) -> Any:
+        raise ConflictError("changed", 409)
+
+    bench.cluster.patch_status = conflict
+    for _ in range(3):
+        with pytest.raises(ConflictError):
+            await bench.round()
+    assert bench.events() == []
+    bench.cluster.patch_status = write
+    await bench.settle()
+    await bench.settle()
+    assert bench.events() == ["ClaimMissing"]
+
+
+def copied(pod: dict[str, Any], name: str) -> dict[str, Any]:
+    """A pod somebody made from the manifest of another, labels included."""
+    labels = pod["metadata"]["labels"]
+    return {"metadata": {"name": name, "labels": dict(labels)}, "spec": pod["spec"]}
+
+
+async def test_a_pod_with_copied_labels_is_neither_believed_nor_deleted(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    await bench.cluster.create(Kind.POD, "default", copied(bench.cluster.pod("llama-0-1"), "debug"))
+    await bench.settle()
+    assert "deletionTimestamp" not in bench.cluster.pod("debug")["metadata"]
+    bench.cluster.finish("debug", 0, message(Result.COMPLETE, Progress(step=100, steps=100)))
+    await bench.settle()
+    assert bench.condition(names.COMPLETE) is None
+    assert bench.status.workers.active == 2
+
+
+async def test_an_owned_pod_of_another_name_does_not_complete_the_job(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    real = bench.cluster.pod("llama-0-1")
+    forged = copied(real, "debug")
+    forged["metadata"]["ownerReferences"] = real["metadata"]["ownerReferences"]
+    await bench.cluster.create(Kind.POD, "default", forged)
+    bench.cluster.finish("debug", 0, message(Result.COMPLETE, Progress(step=100, steps=100)))
+    await bench.settle()
+    assert bench.condition(names.COMPLETE) is None
+
+
+async def test_a_pod_that_goes_before_it_is_told_is_no_error(bench: Bench) -> None:
+    await bench.submit()
+    await bench.settle()
+    for name in bench.member_pods():
+        bench.cluster.start(name)
+    await bench.round()  # names the leader
+    bench.stale = bench.cluster.pods()
+    bench.cluster.vanish(Kind.POD, "llama-1-1")
+    await bench.round()
+    told = bench.cluster.pod("llama-0-1")["metadata"]["annotations"]
+    assert names.ANNOTATION_ASSIGNMENT in told
+    bench.stale = None
+    await bench.train()
+    assert bench.member_pods() == ["llama-0-1", "llama-1-2"]

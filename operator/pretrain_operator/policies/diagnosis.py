@@ -7,13 +7,13 @@ about a generation that is over has been judged with that generation. What the c
 wrong configuration is final at once.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from pretrain_api.status import MAX_MESSAGE, Member
 from pretrain_api.wire import ExitCode, Result
 from pretrain_operator.observe import Exit, Observation, Pod
+from pretrain_operator.resources import pod_name
 
 # Reasons the kubelet puts on a pod that it stopped, or never started, for the node's sake. Evicted
 # is none: it is also said of a pod that outgrew its own limits; if the node was short of something,
@@ -169,14 +169,16 @@ def _from_exit(pod: Pod, ended: Exit, reason: str, *, charged: bool, final: bool
     )
 
 
-def finished_leader(pods: Iterable[Pod]) -> Pod | None:
+def finished_leader(seen: Observation) -> Pod | None:
     """The pod that led a world to the end. It decides alone, whatever became of the others.
 
     Any generation counts: the final checkpoint was committed, which a fenced-out worker can't do.
+    But only a pod as the operator makes them: its word ends the job.
     """
-    for pod in pods:
+    for pod in seen.pods:
         message = pod.exit.message if pod.exit else None
-        if message is not None and finished_well(pod):
+        ours = pod.name == pod_name(seen.name, pod.index, pod.created_in)
+        if ours and message is not None and finished_well(pod):
             rank = pod.index if message.rank is None else message.rank
             if rank == 0:
                 return pod

@@ -25,12 +25,12 @@ def obstacle(seen: Observation, job: PretrainJob, around: Surroundings) -> Obsta
 
 
 def _taken_names(seen: Observation, around: Surroundings) -> Obstacle | None:
-    owners = {
-        f"ConfigMap {config_name(seen.name)}": around.config_uid,
-        f"NetworkPolicy {policy_name(seen.name)}": around.policy_uid,
+    names_in_use = {
+        f"ConfigMap {config_name(seen.name)}": around.config_is_ours,
+        f"NetworkPolicy {policy_name(seen.name)}": around.policy_is_ours,
     }
-    for what, owner in owners.items():
-        if owner is not None and owner != seen.uid:
+    for what, is_ours in names_in_use.items():
+        if is_ours is False:
             message = f"{what} exists but doesn't belong to this job; delete it or rename the job"
             return Obstacle("NameTaken", message)
     return None
