@@ -104,6 +104,7 @@ def with_generation(
     assignment = AssignmentStatus(
         generation=generation,
         nonce=seen.nonce,
+        in_place_before=_in_place_before(status, kept),
         workers=_places(seen, generation, size, kept),
         created=seen.now,
         not_before=not_before,
@@ -116,7 +117,8 @@ def without_echoes(
 ) -> JobStatus:
     """Status with the same generation, which nobody has been told of yet: only ``kept`` stay."""
     workers = _places(seen, assignment.generation, len(assignment.workers), kept)
-    amended = assignment.model_copy(update={"workers": workers})
+    before = _in_place_before(seen.status, kept)
+    amended = assignment.model_copy(update={"workers": workers, "in_place_before": before})
     return seen.status.model_copy(update={"assignment": amended})
 
 
@@ -143,7 +145,6 @@ def with_meeting(seen: Observation, assignment: AssignmentStatus, pods: list[Pod
             "leader": f"{_host(pods[0].ip or '')}:{names.MEETING_PORT}",
             "workers": workers,
             "announced": seen.now,
-            "in_place_before": _in_place_before(seen, pods[0]),
         }
     )
     return seen.status.model_copy(update={"assignment": told})
@@ -153,11 +154,15 @@ def _host(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _in_place_before(seen: Observation, leader: Pod) -> int:
-    """Restarts in place so far, less those the leader has counted itself and still reports."""
-    total = seen.status.restarts.in_place if seen.status.restarts else 0
-    report = seen.reports.get(leader.name)
-    return max(0, total - report.restarts_in_place) if report else total
+def _in_place_before(status: JobStatus, kept: tuple[Member, ...]) -> int:
+    """Restarts in place that the leader's own count doesn't include.
+
+    A pod counts for as long as it lives: one that leads again goes on from where it was, whether or
+    not it answers just now, and a new one begins at zero.
+    """
+    if status.assignment and any(member.index == 0 for member in kept):
+        return status.assignment.in_place_before
+    return status.restarts.in_place if status.restarts else 0
 
 
 def without_members(status: JobStatus) -> JobStatus:

@@ -676,6 +676,38 @@ async def test_the_deadline_holds_for_a_job_whose_spec_became_invalid(bench: Ben
     assert bench.condition(names.FAILED) == ("True", "DeadlineExceeded")
 
 
+async def test_restarts_in_place_are_counted_once_though_the_leader_was_silent(
+    bench: Bench,
+) -> None:
+    await bench.submit()
+    await bench.train()
+
+    def count(restarts: int) -> None:
+        bench.report(FORTY)
+        said = bench.workers.reports["llama-0-1"]
+        again = said.model_copy(update={"restarts_in_place": restarts})
+        bench.workers.reports["llama-0-1"] = again
+
+    count(3)
+    await bench.settle()
+    assert bench.status.restarts.in_place == 3
+    bench.cluster.vanish(Kind.POD, "llama-1-1")
+    bench.workers.reports.clear()  # it is busy while the others meet
+    bench.cluster.advance(11)
+    await bench.train()
+    count(4)
+    bench.cluster.advance(11)
+    await bench.settle()
+    assert bench.status.restarts.in_place == 4
+    bench.cluster.vanish(Kind.POD, "llama-0-1")
+    bench.workers.reports.clear()
+    await bench.train()
+    bench.report(FORTY)
+    bench.cluster.advance(11)
+    await bench.settle()
+    assert bench.status.restarts.in_place == 4
+
+
 async def test_news_in_every_answer_does_not_make_every_round_a_write(bench: Bench) -> None:
     await bench.submit()
     await bench.train(FORTY)
