@@ -66,6 +66,13 @@ _RESERVED_LABEL = re.compile(
     r"^(([-a-z0-9.]*\.)?pretrain\.dev/.*|app\.kubernetes\.io/(name|instance|managed-by)"
     r"|batch\.kubernetes\.io/.*|pod-security\.kubernetes\.io/.*)$"
 )
+# Annotations that kubelets, runtimes and older API servers read as settings of a pod's confinement.
+_RESERVED_ANNOTATION = re.compile(
+    _RESERVED_LABEL.pattern
+    + r"|^(container\.)?(apparmor|seccomp)\.security\.(alpha|beta)\.kubernetes\.io/.*$"
+    r"|^io\.(kubernetes\.cri-o|containerd)[./].*$"
+)
+_RESERVED_KEYS = {"labels": _RESERVED_LABEL, "annotations": _RESERVED_ANNOTATION}
 # Directories of the worker's own volumes; a mount over one would replace what it needs.
 _RESERVED_MOUNT = re.compile(
     r"^/(etc|var|opt|usr|home)?/?$|^/((etc|var|opt)/pretrain|dev|proc|sys|tmp)(/.*)?$"
@@ -399,17 +406,16 @@ class PodTemplate(Section):
     rules: ClassVar = (
         *(
             Rule(
-                cel=f"!has(self.{field}) || "
-                f"self.{field}.all(k, {cel_mismatch(_RESERVED_LABEL, 'k')})",
+                cel=f"!has(self.{field}) || self.{field}.all(k, {cel_mismatch(pattern, 'k')})",
                 message="holds a key reserved for the operator or for Kubernetes; remove it",
-                holds=lambda t, field=field: not reserved_keys(getattr(t, field)),
+                holds=lambda t, field=field: not reserved_keys(t, field),
                 path=field,
                 explain=lambda t, field=field: (
-                    ", ".join(reserved_keys(getattr(t, field)))
+                    ", ".join(reserved_keys(t, field))
                     + " is reserved for the operator or for Kubernetes; remove it"
                 ),
             )
-            for field in ("labels", "annotations")
+            for field, pattern in _RESERVED_KEYS.items()
         ),
         Rule(
             cel="!has(self.volumeMounts) || self.volumeMounts.all(m, "
@@ -421,6 +427,6 @@ class PodTemplate(Section):
     )
 
 
-def reserved_keys(keys: dict[str, str]) -> list[str]:
-    """The keys of labels or annotations that a user may not set."""
-    return [key for key in keys if _RESERVED_LABEL.match(key)]
+def reserved_keys(template: PodTemplate, field: str) -> list[str]:
+    """The keys of ``field``, labels or annotations, that a user may not set."""
+    return [key for key in getattr(template, field) if _RESERVED_KEYS[field].match(key)]

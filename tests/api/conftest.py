@@ -81,6 +81,16 @@ VALUES: dict[str, list[Any]] = {
         {"not a key": "x"},
         {"key": "not a value"},
     ],
+    "workers.podTemplate.annotations": [
+        {"example.com/team": "llm", "k8s.v1.cni.cncf.io/networks": "rdma"},
+        {"container.apparmor.security.beta.kubernetes.io/trainer": "unconfined"},
+        {"seccomp.security.alpha.kubernetes.io/pod": "unconfined"},
+        {"container.seccomp.security.alpha.kubernetes.io/trainer": "unconfined"},
+        {"io.kubernetes.cri-o.userns-mode": "auto"},
+        {"io.kubernetes.cri-o.TrySkipVolumeSELinuxLabel": "true"},
+        {"io.containerd.rdt/class": "a"},
+        {"pretrain.dev/assignment": "{}"},
+    ],
     "workers.podTemplate.env": [
         [{"name": "A", "value": "1"}],
         [{"name": "A"}, {"name": "A"}],

@@ -5,6 +5,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from pydantic import ValidationError
 
 from pretrain_api import names
 from pretrain_api.config import RunConfig
@@ -47,6 +48,10 @@ def violations(pod: dict[str, Any]) -> list[str]:
     allowed = {"configMap", "downwardAPI", "emptyDir", "persistentVolumeClaim", "secret"}
     for volume in spec["volumes"]:
         found += [f"volume {kind}" for kind in volume.keys() - {"name"} - allowed]
+    for key, profile in pod["metadata"]["annotations"].items():
+        if key.startswith("container.apparmor.security.beta.kubernetes.io/"):
+            allowed_profile = profile == "runtime/default" or profile.startswith("localhost/")
+            found += [] if allowed_profile else ["AppArmor"]
     shared = spec["securityContext"]
     for container in (*spec["containers"], *spec.get("initContainers", ())):
         own = shared | container.get("securityContext", {})
@@ -78,6 +83,28 @@ def test_the_checker_sees_what_it_should(break_it: Any, found: str) -> None:
     if found == "capabilities":
         pod["spec"]["containers"][0]["securityContext"] = {"capabilities": {"drop": []}}
     assert found in violations(pod)
+
+
+def test_the_checker_sees_annotations_that_lift_the_confinement() -> None:
+    pod = build_pod(job(), 0, 1, "trainer:1")
+    key = "container.apparmor.security.beta.kubernetes.io/trainer"
+    pod["metadata"]["annotations"][key] = "unconfined"
+    assert violations(pod) == ["AppArmor"]
+    pod["metadata"]["annotations"][key] = "runtime/default"
+    assert violations(pod) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "container.apparmor.security.beta.kubernetes.io/trainer",
+        "seccomp.security.alpha.kubernetes.io/pod",
+        "io.kubernetes.cri-o.userns-mode",
+    ],
+)
+def test_no_annotation_of_a_user_lifts_the_confinement(key: str) -> None:
+    with pytest.raises(ValidationError, match=f"{key} is reserved"):
+        job(workers={"podTemplate": {"annotations": {key: "unconfined"}}})
 
 
 @pytest.mark.parametrize("template", [{}, TEMPLATE], ids=["plain", "everything"])
