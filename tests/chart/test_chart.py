@@ -92,7 +92,6 @@ def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
     needed |= {(resource, "delete") for resource in watched}
     needed |= {("pods", "patch"), ("persistentvolumeclaims", "patch")}
     needed |= {("pretrainjobs/status", "patch")}
-    needed |= {("customresourcedefinitions", "list"), ("customresourcedefinitions", "watch")}
     assert granted == needed
 
 
