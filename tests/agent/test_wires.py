@@ -148,3 +148,30 @@ def test_a_new_generation_disconnects_the_members_of_the_old() -> None:
         await server.close()
 
     asyncio.run(scenario())
+
+
+def test_both_ends_notice_when_the_other_one_vanishes() -> None:
+    async def scenario() -> None:
+        server, port = await meet()
+        client = MeetingClient("127.0.0.1", port, HELLO, lambda message: None)
+        task = asyncio.create_task(client.run())
+        await until(lambda: server._members and client._writer)
+        for writer in (server._members[0], client._writer):
+            assert writer is not None
+            sock = writer.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle, interval, probes, patience = (
+                sock.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (
+                    socket.TCP_KEEPIDLE,
+                    socket.TCP_KEEPINTVL,
+                    socket.TCP_KEEPCNT,
+                    socket.TCP_USER_TIMEOUT,
+                )
+            )
+            assert idle + interval * probes <= 10
+            assert 0 < patience <= 10_000
+        task.cancel()
+        await server.close()
+
+    asyncio.run(scenario())

@@ -39,6 +39,15 @@ STRANGERS = 64  # connections without a valid hello at a time
 BACKLOG = 1024  # all agents of a large world connect within the same moment
 CONNECT_SECONDS = 1.0
 RETRY_SECONDS = 0.1
+# A node that loses power closes no connection. Silence is probed, and both a probe and a message
+# that nobody acknowledges within about ten seconds end the connection; then the client tries anew.
+LIVENESS = {
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 4,  # seconds of silence before the first probe
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 2,  # seconds between probes
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,  # probes
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): 10_000,  # milliseconds
+}
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -52,6 +61,12 @@ def listen(host: str, port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
+
+
+def notice_death(writer: asyncio.StreamWriter) -> None:
+    """Have the kernel end this connection when its other end has vanished; see LIVENESS."""
+    for (level, option), value in LIVENESS.items():
+        writer.get_extra_info("socket").setsockopt(level, option, value)
 
 
 def encode(message: Wire) -> bytes:
@@ -96,6 +111,7 @@ class MeetingServer:
         self._meeting, self._nonce = meeting, nonce
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        notice_death(writer)
         task = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
@@ -194,6 +210,7 @@ class MeetingClient:
                     reader, writer = await asyncio.open_connection(
                         *self._address, limit=FRAME_BYTES
                     )
+                notice_death(writer)
                 await self._converse(reader, writer)
             await asyncio.sleep(RETRY_SECONDS)
 
