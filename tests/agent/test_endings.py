@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-from pretrain_agent import cgroup, termination
+from pretrain_agent import cgroup, rank, termination
 from pretrain_agent.failures import TAIL_BYTES, blame, shell_code, signal_name, tail_text
 from pretrain_agent.meeting import PEER_LOST
 from pretrain_api.wire import (
@@ -23,17 +24,21 @@ WORDS = Failure(exit_code=1, message="ValueError: broken")
 
 KILLED = Failure(exit_code=137, signal="SIGKILL", message="killed by SIGKILL")
 NO_SERVER = Failure(exit_code=255, reason="Launcher", message="the fork server died")
+ABORTED = Failure(exit_code=134, signal="SIGABRT", message="killed by SIGABRT")
 EARLY = Failure(exit_code=1, message="left with exit code 0 before the training was done")
 NO_WORD = Failure(exit_code=6, message="left with exit code 6 and no word")
 
 
 @pytest.mark.parametrize(
-    ("exits", "words", "rank", "expected"),
+    ("exits", "words", "blamed", "expected"),
     [
         ({0: -9}, {}, 4, KILLED),
         ({1: -9}, {0: ECHO}, 5, KILLED),
         ({0: 1}, {0: ECHO, 1: WORDS}, 5, WORDS),
         ({0: 1}, {0: ECHO}, 4, ECHO),
+        ({0: -6, 1: -9}, {}, 5, KILLED),
+        ({0: -6, 1: 1}, {0: ECHO, 1: WORDS}, 5, WORDS),
+        ({0: -6, 1: 1}, {1: ECHO}, 4, ABORTED),
         ({0: 255}, {}, 4, NO_SERVER),
         ({0: 0}, {}, 4, EARLY),
         ({0: 6}, {}, 4, NO_WORD),
@@ -41,10 +46,36 @@ NO_WORD = Failure(exit_code=6, message="left with exit code 6 and no word")
     ],
 )
 def test_the_first_cause_is_blamed(
-    exits: dict[int, int], words: dict[int, Failure], rank: int, expected: Failure
+    exits: dict[int, int], words: dict[int, Failure], blamed: int, expected: Failure
 ) -> None:
     failure = blame(exits, words, {}, first_rank=4, out_of_memory=False)
-    assert failure == expected.model_copy(update={"rank": rank})
+    assert failure == expected.model_copy(update={"rank": blamed})
+
+
+class CheckpointError(RuntimeError):
+    """Has the name of the trainer's, and so its meaning."""
+
+
+class DamagedError(CheckpointError):
+    """An error of the rank's own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "echo"),
+    [
+        (DistStoreError("wait timeout after 60000ms"), True),
+        (DistNetworkError("connection reset"), True),
+        (DistBackendError("NCCL error: remote process exited"), True),
+        (ConnectionResetError(), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer"), True),
+        (CheckpointError("rank 3 failed: OSError: disk full"), True),
+        (DamagedError("step-3 is damaged"), False),
+        (RuntimeError("shapes do not match"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_losing_a_peer_is_told_from_errors_of_ones_own(error: Exception, echo: bool) -> None:
+    assert rank._is_echo(error) is echo
 
 
 @pytest.mark.parametrize("exits", [{}, {0: 143, 1: 143}])

@@ -128,11 +128,19 @@ class Tally(NamedTuple):
 
 
 def root_cause(failures: list[Failure]) -> Failure | None:
-    """The failure to blame: the first that is not the echo of a lost peer, else the first."""
-    for failure in failures:
-        if failure.reason != PEER_LOST:
-            return failure
-    return failures[0] if failures else None
+    """The failure to blame: the first that is not the echo of another's.
+
+    A rank that aborts may do so by itself, or because the watchdog of its process group misses a
+    peer. It is blamed only if there is nobody else to blame but ranks that lost it.
+    """
+    return min(failures, key=_echo, default=None)
+
+
+def _echo(failure: Failure) -> int:
+    """How much a failure looks like an echo; of equals, the first is to blame."""
+    if failure.reason == PEER_LOST:
+        return 2
+    return int(failure.signal == "SIGABRT")
 
 
 class Meeting:

@@ -23,6 +23,9 @@ from pretrain_api.wire import ExitCode, Failure, Phase
 
 CUDA_INITIALIZED = 3  # exit code of the probe
 FAILED = 1
+# Name of what the trainer raises where another rank failed to load or save; its subclasses are errors
+# of the rank's own. By name, because this package doesn't know the trainer.
+VERDICT = "CheckpointError"
 
 
 def load_entry_point(entry_point: str) -> Callable[[str], None]:
@@ -106,7 +109,14 @@ def _is_echo(error: BaseException) -> bool:
     """Whether this is what a rank sees when a peer dies, rather than an error of its own."""
     import torch.distributed  # deferred: see probe()
 
-    lost = (torch.distributed.DistNetworkError, torch.distributed.DistBackendError)
-    return isinstance(error, (*lost, ConnectionError)) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
+    lost = (
+        torch.distributed.DistNetworkError,
+        torch.distributed.DistBackendError,
+        torch.distributed.DistStoreError,
+        ConnectionError,
+    )
+    return (
+        isinstance(error, lost)
+        or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        or type(error).__name__ == VERDICT
     )
