@@ -11,10 +11,11 @@ from pretrain_api.wire import Order, Phase
 from pretrain_trainer.checkpoint.errors import SaveFailedError
 from pretrain_trainer.checkpoint.manager import CheckpointManager, Identity
 from pretrain_trainer.data.loader import build_loader
-from pretrain_trainer.data.tokenizer import load_tokenizer
+from pretrain_trainer.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.init import initialise
 from pretrain_trainer.loss import cross_entropy_sum
+from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.models.registry import build_model
 from pretrain_trainer.optim import build_optimizer, reset_optimizer, schedule
 from pretrain_trainer.parallel.parallelize import parallelize
@@ -170,11 +171,20 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
         ranks=world.plan.dp_degree,
     )
     telemetry = Telemetry(config, world, model, supervision.known_progress())
-    checkpoints = open_checkpoints(config, world.place)
+    made_with = fingerprint(model, tokenizer)
+    checkpoints = open_checkpoints(config, world.place, made_with)
     return Trainer(config, world, machine, supervision, telemetry, checkpoints)
 
 
-def open_checkpoints(config: RunConfig, place: Place) -> CheckpointManager | None:
+def fingerprint(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
+    """What the run's checkpoints must have been made with, beyond names and shapes of tensors."""
+    meaning = {f"model.{name}": value for name, value in model.meaning().items()}
+    return {**meaning, "tokenizer": tokenizer.digest}
+
+
+def open_checkpoints(
+    config: RunConfig, place: Place, made_with: dict[str, str]
+) -> CheckpointManager | None:
     """The run's checkpoints, if they are enabled. Collective.
 
     Options that choose where a run begins apply to its first start only: restarted after a failure,
@@ -188,7 +198,11 @@ def open_checkpoints(config: RunConfig, place: Place) -> CheckpointManager | Non
             update={"last_save_model_only": True, "export_dtype": "float32"}
         )
     identity = Identity(
-        job_uid=place.job_uid, generation=place.generation, nonce=place.nonce, round=place.round
+        job_uid=place.job_uid,
+        generation=place.generation,
+        nonce=place.nonce,
+        fingerprint=made_with,
+        round=place.round,
     )
     root = Path(config.job.dump_folder) / config.checkpoint.folder
     return CheckpointManager(root, options, identity, recovering=not place.first_start)

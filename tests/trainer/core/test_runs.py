@@ -1,5 +1,6 @@
 """How runs begin and end: orders, bad input, seeds, finite data, and what a start may load."""
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,17 @@ from torch import Tensor
 from pretrain_agent.board import Board
 from pretrain_api import names
 from pretrain_api.config import RunConfig
+from pretrain_api.flavors.llama3 import FLAVORS, RopeScaling
 from pretrain_api.wire import ExitCode, Order, Phase
 from pretrain_trainer import train
+from pretrain_trainer.checkpoint.errors import CheckpointConfigError
+from pretrain_trainer.checkpoint.manager import CheckpointManager
 from pretrain_trainer.checkpoint.root import Root
+from pretrain_trainer.data.tokenizer import load_tokenizer
 from pretrain_trainer.errors import BadInputError
+from pretrain_trainer.models.llama3 import Llama3
 from pretrain_trainer.settings import Place, load_config
+from pretrain_trainer.trainer import fingerprint, open_checkpoints
 
 Run = Callable[..., Any]
 MakeConfig = Callable[..., RunConfig]
@@ -261,6 +268,40 @@ def test_a_rolled_back_run_saves_what_it_trains(
     assert list(run(1, back).losses) == [3, 4, 5, 6]
     assert checkpoints(back) == ["step-2", "step-4", "step-6"]
     assert not torch.equal(saved(back, 6)["model.output.weight"], before["model.output.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"rope_theta": 10_000.0}, r"model\.rope_theta \(500000\.0 instead of 10000\.0\)"),
+        ({"n_heads": 8, "n_kv_heads": 4}, r"model\.n_heads"),
+        ({"norm_eps": 1e-6}, r"model\.norm_eps"),
+        ({"rope_scaling": RopeScaling(factor=32.0)}, r"model\.rope_scaling\.factor"),
+        ({}, "tokenizer"),
+    ],
+)
+def test_a_model_of_equal_shapes_but_another_meaning_is_refused(
+    run_config: MakeConfig, change: dict[str, Any], part: str
+) -> None:
+    config = run_config()
+    shape = dataclasses.replace(FLAVORS["tiny"], vocab_size=64)
+    tokenizer = load_tokenizer(config.model.hf_assets_path)
+
+    def opened(model: Llama3) -> tuple[CheckpointManager, dict[str, Any]]:
+        checkpoints = open_checkpoints(config, Place(), fingerprint(model, tokenizer))
+        assert checkpoints is not None
+        return checkpoints, {"model": dict(model.state_dict())}
+
+    checkpoints, state = opened(Llama3(shape, seq_len=8))
+    checkpoints.save(1, state)
+    checkpoints, state = opened(Llama3(shape, seq_len=8))
+    assert checkpoints.load(state).step == 1
+
+    if not change:
+        tokenizer.digest = "of another one"
+    checkpoints, state = opened(Llama3(dataclasses.replace(shape, **change), seq_len=8))
+    with pytest.raises(CheckpointConfigError, match=f"step-1 was made with another {part}"):
+        checkpoints.load(state)
 
 
 def test_place_without_torchrun_and_agent() -> None:

@@ -292,7 +292,7 @@ class CheckpointManager:
     def _compare_fingerprint(self, step: int, promised: Manifest) -> None:
         for part, now in self._identity.fingerprint.items():
             then = promised.fingerprint.get(part, now)
-            if then != now and part not in self._excluded:
+            if then != now and part.split(".")[0] not in self._excluded:
                 raise CheckpointConfigError(
                     f"step-{step} was made with another {part} ({then} instead of {now}): restore "
                     "that setting, or start a new job that adopts the weights with "

@@ -53,9 +53,9 @@ class Identity:
         job_uid: the PretrainJob's UID; empty for runs without a cluster.
         generation: of the world's membership; grows with every change.
         nonce: the generation's secret; a digest of it tells two runs of the same number apart.
-        fingerprint: digests of what a checkpoint must have been made with, such as model, tokenizer
-            and data_loader; stored in every manifest and compared on load, unless a section of that
-            name is excluded from loading.
+        fingerprint: what a checkpoint must have been made with and tensors don't show, such as
+            ``model.rope_theta`` or ``tokenizer``; stored in every manifest and compared on load,
+            unless the section before the dot is excluded from loading.
         round: restarts in place within the generation.
     """
 

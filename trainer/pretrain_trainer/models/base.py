@@ -45,5 +45,9 @@ class LanguageModel(nn.Module, ABC):
         """Compute every buffer in place, on whatever device it lies."""
 
     @abstractmethod
+    def meaning(self) -> dict[str, str]:
+        """What the same weights would compute differently with, by name; shapes don't tell it."""
+
+    @abstractmethod
     def flops_per_token(self) -> int:
         """Model FLOPs of training on one token, the numerator of MFU."""

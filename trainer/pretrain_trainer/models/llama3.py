@@ -11,6 +11,7 @@ blocks compute in bfloat16: a position of 8,000 has no room in bfloat16's eight 
 """
 
 import math
+from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -193,6 +194,18 @@ class Llama3(LanguageModel):
                 }.items()
             }
         return rules
+
+    def meaning(self) -> dict[str, str]:
+        """How features divide into heads, and the constants of norms and rotary positions."""
+        shape = self.shape
+        numbers = {
+            "n_heads": shape.n_heads,
+            "n_kv_heads": shape.n_kv_heads,
+            "norm_eps": shape.norm_eps,
+            "rope_theta": shape.rope_theta,
+            **{f"rope_scaling.{k}": v for k, v in asdict(shape.rope_scaling).items()},
+        }
+        return {"family": "llama3", **{name: str(number) for name, number in numbers.items()}}
 
     def flops_per_token(self) -> int:
         """Model FLOPs of one trained token by torchtitan's formula.
