@@ -48,7 +48,10 @@ class ExitCode(IntEnum):
 
 
 class Phase(StrEnum):
-    """Where a rank is. Each phase has a deadline of its own."""
+    """Where a rank is, so that ``beat_age_seconds`` can be read: a save may take longer than a step.
+
+    Nothing ends a rank for staying in a phase: a hang is shown, and judged by whoever looks.
+    """
 
     WAITING = "waiting"  # for an assignment or for peers
     STARTING = "starting"  # process group, mesh, model
@@ -130,7 +133,7 @@ class Failure(Wire):
     rank: int | None = None  # global rank
     exit_code: int | None = None
     signal: str | None = None  # e.g. "SIGKILL"
-    reason: str = "RankFailed"  # RankFailed, OOMKilled, Hung, Config, Launcher
+    reason: str = "RankFailed"  # RankFailed, PeerLost, OOMKilled, Config, DoNotRetry, Launcher
     message: str = ""  # the exception's last line, or the tail of the log
 
 
@@ -162,12 +165,19 @@ class TerminationMessage(Wire):
     failure: Failure | None = None
 
     def to_bytes(self) -> bytes:
-        """JSON of at most 4096 bytes; of the failure's text the end is kept, as much as fits.
+        """JSON of at most 4096 bytes: a message that Kubernetes has to cut would not parse.
 
-        Characters that JSON escapes count as what they become, so the fitting length is searched.
+        Of the failure's text the end is kept, as much as fits. Where dropping all of it is not
+        enough, the list of skipped checkpoints goes first, and the text gets the room. Characters
+        that JSON escapes count as what they become, so the fitting length is searched.
         """
         data = self.to_json().encode()
-        if len(data) <= TERMINATION_MESSAGE_LIMIT or self.failure is None:
+        if len(data) <= TERMINATION_MESSAGE_LIMIT:
+            return data
+        if self.progress.skipped and (self.failure is None or not self._fits("")):
+            progress = self.progress.model_copy(update={"skipped": ()})
+            return self.model_copy(update={"progress": progress}).to_bytes()
+        if self.failure is None:
             return data
         text = self.failure.message
         start = bisect_left(range(len(text)), True, key=lambda start: self._fits(text[start:]))

@@ -11,6 +11,7 @@ from pretrain_api.wire import (
     Order,
     Progress,
     Result,
+    SkippedCheckpoint,
     TerminationMessage,
     WorkerStatus,
 )
@@ -67,3 +68,25 @@ def test_as_much_as_fits_is_kept(character: str, size: int) -> None:
 def test_a_short_message_is_left_alone() -> None:
     back = TerminationMessage.model_validate_json(message("KeyError: 'x'").to_bytes())
     assert back == message("KeyError: 'x'")
+
+
+@pytest.mark.parametrize("failure", [None, Failure(rank=3, message="x" * 9000 + "the end")])
+def test_a_long_list_of_skipped_checkpoints_gives_way(failure: Failure | None) -> None:
+    skipped = tuple(SkippedCheckpoint(step=n, reason="bit flip in a chunk " * 5) for n in range(50))
+    progress = Progress(step=10, skipped=skipped)
+    data = TerminationMessage(result=Result.FAILED, progress=progress, failure=failure).to_bytes()
+    assert len(data) <= TERMINATION_MESSAGE_LIMIT
+    back = TerminationMessage.model_validate_json(data)
+    assert back.progress == Progress(step=10)
+    if failure is not None:
+        assert back.failure is not None
+        assert back.failure.message.endswith("the end")
+        assert len(back.failure.message) > 3000
+
+
+def test_a_list_of_skipped_checkpoints_stays_where_the_failures_text_can_give_way() -> None:
+    progress = Progress(skipped=(SkippedCheckpoint(step=1, reason="a chunk is damaged"),))
+    long = TerminationMessage(
+        result=Result.FAILED, progress=progress, failure=Failure(message="x" * 9000)
+    )
+    assert TerminationMessage.model_validate_json(long.to_bytes()).progress == progress

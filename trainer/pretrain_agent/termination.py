@@ -4,14 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain_api.wire import (
-    TERMINATION_MESSAGE_LIMIT,
-    ExitCode,
-    Failure,
-    Progress,
-    Result,
-    TerminationMessage,
-)
+from pretrain_api.wire import ExitCode, Failure, Result, TerminationMessage
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +36,9 @@ def failed(failure: Failure) -> Outcome:
     return Outcome(Result.FAILED, code, failure)
 
 
-def fit(message: TerminationMessage) -> bytes:
-    """The message as bytes within Kubernetes' limit: a cut message would not parse.
-
-    The failure's text gives way first, then the list of skipped checkpoints.
-    """
-    data = message.to_bytes()
-    if len(data) <= TERMINATION_MESSAGE_LIMIT:
-        return data
-    progress: Progress = message.progress.model_copy(update={"skipped": ()})
-    return message.model_copy(update={"progress": progress}).to_bytes()
-
-
 def write(path: Path, message: TerminationMessage) -> None:
     """Leave the message. A path that can't be written costs the message, not the exit code."""
     try:
-        path.write_bytes(fit(message))
+        path.write_bytes(message.to_bytes())
     except OSError as error:
         log.error("could not write the termination message: %s", error)
