@@ -23,8 +23,8 @@ from pretrain_api.wire import ExitCode, Failure, Phase
 
 CUDA_INITIALIZED = 3  # exit code of the probe
 FAILED = 1
-# Name of what the trainer raises where another rank failed to load or save; its subclasses are errors
-# of the rank's own. By name, because this package doesn't know the trainer.
+# Name of what the trainer raises where another rank failed to load or save; its subclasses are
+# errors of the rank's own. By name, because this package doesn't know the trainer.
 VERDICT = "CheckpointError"
 
 
