@@ -22,6 +22,7 @@ class Place:
 
     rank: int = 0
     local_rank: int = 0
+    local_world_size: int = 1
     world_size: int = 1
     board: Path | None = None
     generation: int = 0
@@ -42,6 +43,7 @@ class Place:
         return cls(
             rank=int(environment.get("RANK", 0)),
             local_rank=int(environment.get("LOCAL_RANK", 0)),
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", 1)),
             world_size=int(environment.get("WORLD_SIZE", 1)),
             board=Path(board) if board else None,
             generation=int(environment.get(names.ENV_GENERATION, 0)),

@@ -7,10 +7,12 @@ must not touch a device.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,8 @@ from pretrain_api.mesh import BatchPlan, MeshError, batch_plan, resolve
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.parallel.mesh import build_mesh, data_rank
 from pretrain_trainer.settings import Place
+
+GPU_FILES: Final = Path("/dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,60 @@ def joined_world(config: RunConfig, place: Place) -> Iterator[World]:
 
 
 def own_device(place: Place) -> torch.device:
-    """This rank's GPU, or the CPU where there is none; becomes the current device."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", place.local_rank)
-    torch.cuda.set_device(device)
+    """This rank's GPU, or the CPU where there is none; becomes the current device.
+
+    Raises:
+        BadInputError, RuntimeError: as :func:`choose_device` does.
+    """
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = choose_device(place, usable, gpus_expected(os.environ, GPU_FILES))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
+
+
+def choose_device(place: Place, usable: int, expected: bool) -> torch.device:
+    """Decide where this rank computes: a GPU of its own, or the CPU on a machine without any.
+
+    Args:
+        place: how many ranks share the machine.
+        usable: GPUs that torch can use.
+        expected: this machine was given GPUs.
+
+    Raises:
+        BadInputError: there are GPUs, but fewer than ranks.
+        RuntimeError: GPUs were given and can't be used. A driver that fails may work again after a
+            restart or on another machine, so this may be retried.
+    """
+    if not usable and expected:
+        raise RuntimeError(
+            "this machine was given GPUs, but torch can't use any: check that driver and torch fit "
+            "each other (nvidia-smi, torch.version.cuda); to train on the CPU nonetheless set "
+            "CUDA_VISIBLE_DEVICES to an empty string"
+        )
+    if not usable:
+        return torch.device("cpu")
+    if place.local_world_size > usable:
+        raise BadInputError(
+            f"workers.processesPerWorker: {place.local_world_size} processes need a GPU each, but "
+            f"there are {usable}; use {usable}, or ask for more GPUs in workers.resources"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def gpus_expected(environment: Mapping[str, str], files: Path) -> bool:
+    """Whether somebody gave this machine NVIDIA GPUs, whatever torch thinks of it.
+
+    Args:
+        environment: NVIDIA_VISIBLE_DEVICES is what container runtimes and device plugins set.
+            ``all`` says nothing, because CUDA images carry it to machines without a GPU as well. An
+            empty CUDA_VISIBLE_DEVICES hides all GPUs on purpose.
+        files: folder of the device files.
+    """
+    if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    given = environment.get("NVIDIA_VISIBLE_DEVICES", "")
+    return given not in ("", "void", "none", "all") or any(files.glob("nvidia[0-9]*"))
 
 
 def make_deterministic(enabled: bool) -> None:
