@@ -59,3 +59,22 @@ def test_closing_ends_the_thread_though_results_are_waiting() -> None:
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="closed"):
         prefetcher.get()
+
+
+def test_closing_does_not_wait_for_a_call_that_is_stuck() -> None:
+    entered, network = threading.Event(), threading.Event()
+
+    def produce() -> int:
+        entered.set()
+        assert network.wait(DEADLINE)
+        return 1
+
+    prefetcher = Prefetcher(produce, depth=1)
+    assert entered.wait(DEADLINE)
+    closing = threading.Thread(target=prefetcher.close, daemon=True)
+    closing.start()
+    closing.join(DEADLINE / 2)
+    try:
+        assert not closing.is_alive()
+    finally:
+        network.set()

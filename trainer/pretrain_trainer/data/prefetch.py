@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+CLOSE_SECONDS = 1.0
+
 
 class Prefetcher(Generic[T]):
     """Calls ``produce`` in a thread and keeps up to ``depth`` results ready, in order.
@@ -42,12 +44,16 @@ class Prefetcher(Generic[T]):
             raise RuntimeError("the prefetcher is closed")
 
     def close(self) -> None:
-        """Drop what is ready and end the thread once the call it is in returns; waits for that."""
+        """Drop what is ready and end the thread once the call it is in returns.
+
+        Waits only briefly for that: a call may be stuck in a network read that takes hours, and
+        what it returns is dropped anyway.
+        """
         with self._changed:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         while True:
