@@ -8,7 +8,6 @@ import argparse
 import gc
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -31,8 +30,8 @@ def main(config_path: str) -> None:
     Returns when training is complete and saved. Otherwise raises SystemExit with an
     :class:`ExitCode`, or the error that ended this rank.
     """
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_DFL)  # a forked rank inherits the launcher's handlers
+    # Signals are as they should be: a forked rank's were reset by the agent before this was called,
+    # and plain torchrun starts ranks by exec, which leaves no handlers of the launcher behind.
     place = Place.from_environment(os.environ)
     supervision = Supervision(place)
     set_up_logs(place.rank)
