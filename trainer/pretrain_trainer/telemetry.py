@@ -73,6 +73,10 @@ class Telemetry:
         self._reported = False
         self.progress = known.model_copy(update={"steps": config.training.steps})
 
+    def start(self) -> None:
+        """Rates count from here: what came before, such as loading, was no training."""
+        self._since = time.monotonic()
+
     def note(self, **changes: object) -> None:
         """Change fields of the progress that don't come from steps."""
         self.progress = self.progress.model_copy(update=changes)
@@ -109,7 +113,7 @@ class Telemetry:
         self._reported = True
         loss = report.loss.clone()
         dist.all_reduce(loss)
-        if math.isnan(state.first_loss):
+        if state.step == 1:
             state.first_loss = float(loss)
         self._summarise(report, state, float(loss))
         return True

@@ -65,6 +65,7 @@ def train(trainer: Trainer) -> Order:
     training, state = trainer.config.training, trainer.state
     gc.disable()  # collections at each rank's own whim would make all others wait
     phase = Phase.FIRST_STEP
+    trainer.telemetry.start()
     while state.step < training.steps:
         trainer.supervision.enter(phase, state.step)
         order = trainer.supervision.new_order()

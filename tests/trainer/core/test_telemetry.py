@@ -1,17 +1,29 @@
 """Numbers that people compare must mean what they say."""
 
+import dataclasses
 import io
 import json
 import logging
 import math
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pytest
+import torch
 
+from pretrain_api.config import RunConfig
+from pretrain_api.flavors.llama3 import FLAVORS
 from pretrain_api.wire import Progress
+from pretrain_trainer.agreement import Count
 from pretrain_trainer.logs import HumanLines, JsonLines
+from pretrain_trainer.models.llama3 import Llama3
+from pretrain_trainer.settings import Place
 from pretrain_trainer.state import TrainState
-from pretrain_trainer.telemetry import log_fields, log_line, mfu, peak_flops
+from pretrain_trainer.step import StepReport
+from pretrain_trainer.telemetry import Telemetry, log_fields, log_line, mfu, peak_flops
+from pretrain_trainer.world import World
 
 PROGRESS = Progress(
     step=20,
@@ -80,6 +92,48 @@ def test_line_for_machines_is_json_with_the_numbers() -> None:
 def test_people_see_levels_only_where_they_matter() -> None:
     assert "info" not in logged(HumanLines(), logging.INFO, "hello")
     assert "warning: careful" in logged(HumanLines(), logging.WARNING, "careful")
+
+
+@dataclass
+class TinyWorld:
+    """What telemetry looks at of a world."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    place: Place = field(default_factory=Place)
+
+
+@pytest.fixture
+def telemetry(run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> Telemetry:
+    """That of a rank alone, whose sums are its own numbers."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+    shape = dataclasses.replace(FLAVORS["tiny"], vocab_size=64)
+    model = Llama3(shape, seq_len=8)
+    return Telemetry(run_config(), cast(World, TinyWorld()), model, Progress())
+
+
+def report(loss: float, tokens: int = 100) -> StepReport:
+    agreed = Count(valid_tokens=tokens, sample_hash=0, ended=0)
+    return StepReport(torch.tensor(loss), 1.0, 1e-3, agreed, data_wait=0.0, last=False)
+
+
+@pytest.mark.parametrize(("step", "first"), [(1, 7.5), (5, None)])
+def test_first_loss_is_that_of_step_1_or_unknown(
+    telemetry: Telemetry, step: int, first: float | None
+) -> None:
+    telemetry.step_done(report(7.5), TrainState(step=step), last=False)
+    assert telemetry.progress.first_loss == first
+
+
+def test_rates_leave_out_what_came_before_training(
+    telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.monotonic() + 1000  # spent on loading
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    telemetry.start()
+    clock += 2
+    telemetry.step_done(report(7.5, tokens=100), TrainState(step=1), last=False)
+    assert telemetry.progress.tokens_per_second == 50
+    assert telemetry.progress.step_seconds == 2
 
 
 def test_ledger_is_a_chain() -> None:
