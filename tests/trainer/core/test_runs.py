@@ -201,7 +201,7 @@ def test_seed_checkpoint_starts_other_layouts(run: Run, run_config: MakeConfig) 
     # Another seed of the run would start elsewhere, if the weights weren't loaded.
     started = run(2, run_config())
     other = run_config(job={"dump_folder": seed.job.dump_folder + "-other"})
-    assert started.losses == pytest.approx(run(1, other).losses, rel=1e-6)
+    assert started.losses == pytest.approx(run(1, other).losses, rel=1e-5)
     assert list(started.losses) == [1, 2, 3, 4]
 
 

@@ -58,7 +58,7 @@ def test_every_layout_trains_like_one_rank(
     config = run_config(**changes)
     outcome = run(size, config)
     assert list(outcome.losses) == [1, 2, 3, 4]
-    assert outcome.losses == pytest.approx(alone["losses"], rel=1e-6)
+    assert outcome.losses == pytest.approx(alone["losses"], rel=1e-5)
     ours, theirs = saved(config, 4), alone["tensors"]
     assert torch.equal(ours["ledger.digest"], theirs["ledger.digest"])
     for name, tensor in theirs.items():
@@ -119,7 +119,7 @@ def test_two_then_four_then_one_rank_see_the_same_samples(
     outcome = run(1, config)
     assert list(outcome.losses) == [5, 6]
     assert outcome.losses == pytest.approx(
-        {step: expected.losses[step] for step in (5, 6)}, rel=1e-6
+        {step: expected.losses[step] for step in (5, 6)}, rel=1e-5
     )
     ours, theirs = saved(config, 6), saved(undisturbed, 6)
     assert torch.equal(ours["ledger.digest"], theirs["ledger.digest"])
