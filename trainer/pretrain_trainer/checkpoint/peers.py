@@ -2,8 +2,8 @@
 
 torch's own checkpoint planning sends pickled objects, which means that whoever can reach one rank's
 port can run code in all of them. What ranks have to tell each other is small and plain (plans,
-digests, verdicts), so it goes as JSON. The second job of this module is that nobody is left
-hanging: work that may fail on one rank ends in a collective verdict, after which either all ranks
+digests, verdicts), so it goes as JSON. The second job of this module is that no error leaves peers
+waiting: work that may fail on one rank ends in a collective verdict, after which either all ranks
 go on or all raise the same error.
 
 Without torch.distributed a process is simply a world of one.
@@ -22,7 +22,7 @@ from .errors import BY_NAME, CheckpointError
 T = TypeVar("T")
 
 # Slow storage is no failure: ranks wait this long for each other. A peer that dies is noticed at
-# once, because its connection closes, and a peer that hangs is the supervisor's business.
+# once, because its connection closes; one that hangs shows in the age of its last beat.
 PATIENCE = timedelta(hours=2)
 
 _MESSAGE_LIMIT = 2000  # characters of an error's text that travel to the peers
