@@ -7,7 +7,10 @@ is wrong, 1 if the cluster can't be reached; in every case the cluster may start
 import asyncio
 import logging
 import os
+import signal
 import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 STUCK_SECONDS = 300.0
 CRD_RETRY_SECONDS = 2.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class QueueNudge(handlers.Nudge):
@@ -59,20 +63,49 @@ async def operate(settings: Settings) -> None:
                 metrics=metrics,
                 quiet=(ConflictError,),
             )
-            sites = await serve(settings, metrics, queue)
-            await wait_for_crd(cluster)
-            rounds = asyncio.create_task(queue.run(), name="work queue")
-            # In the end kopf waits for every task that is younger than itself.
-            await asyncio.sleep(0)
-            registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
+            sites = await serve(settings, metrics, queue, ready=lambda: cache.attached)
             try:
-                await handlers.run(registry, settings.namespaces)
+                if await before_signal(wait_for_crd(cluster)):
+                    await watch(cache, queue, metrics, settings)
             finally:
-                rounds.cancel()
-                await asyncio.gather(rounds, return_exceptions=True)
                 await asyncio.gather(*(site.cleanup() for site in sites))
     finally:
         await cluster.close()
+
+
+async def watch(
+    cache: handlers.PodCache, queue: WorkQueue[Key], metrics: Metrics, settings: Settings
+) -> None:
+    """Watch and work until a signal comes."""
+    registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
+    rounds = asyncio.create_task(queue.run(), name="work queue")
+    # In the end kopf waits for every task that is younger than itself.
+    await asyncio.sleep(0)
+    try:
+        await handlers.run(registry, settings.namespaces)
+    finally:
+        rounds.cancel()
+        await asyncio.gather(rounds, return_exceptions=True)
+
+
+async def before_signal(work: Coroutine[Any, Any, None]) -> bool:
+    """Do ``work`` unless SIGTERM or SIGINT comes first. Returns whether it was done.
+
+    Until kopf runs nobody else listens, and the first process of a container ignores SIGTERM.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    for number in SIGNALS:
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await asyncio.wait([task])
+    finally:
+        task.cancel()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+    if task.cancelled():
+        return False
+    task.result()
+    return True
 
 
 async def wait_for_crd(cluster: HttpCluster) -> None:
@@ -89,9 +122,14 @@ async def serve(
     settings: Settings,
     metrics: Metrics,
     queue: WorkQueue[Key],
+    *,
+    ready: Callable[[], bool],
     stuck_seconds: float = STUCK_SECONDS,
 ) -> list[web.AppRunner]:
-    """Start /metrics and /healthz on their ports; the returned runners are to be cleaned up."""
+    """Start /metrics, /healthz and /readyz; the returned runners are to be cleaned up.
+
+    Healthy is who makes rounds or could; ready is who also knows the pods.
+    """
 
     async def show_metrics(_: web.Request) -> web.Response:
         text = generate_latest(metrics.registry)
@@ -102,15 +140,20 @@ async def serve(
         text = f"a round has taken {queue.longest_round:.0f} s\n" if stuck else "ok\n"
         return web.Response(text=text, status=503 if stuck else 200)
 
+    async def show_ready(request: web.Request) -> web.Response:
+        if not ready():
+            return web.Response(text="the watches have not begun\n", status=503)
+        return await show_health(request)
+
     runners: list[web.AppRunner] = []
-    pages = (
-        (settings.metrics_port, "/metrics", show_metrics),
-        (settings.health_port, "/healthz", show_health),
+    sites = (
+        (settings.metrics_port, {"/metrics": show_metrics}),
+        (settings.health_port, {"/healthz": show_health, "/readyz": show_ready}),
     )
-    for port, path, page in pages:
+    for port, pages in sites:
         if port:
             app = web.Application()
-            app.router.add_get(path, page)
+            app.add_routes([web.get(path, page) for path, page in pages.items()])
             runner = web.AppRunner(app, access_log=None)
             await runner.setup()
             await web.TCPSite(runner, port=port).start()

@@ -84,7 +84,7 @@ def bounded(value: Any) -> Any:
 def _drop_dateless(progress: dict[str, Any]) -> None:
     """Leave out a checkpoint whose time is no time: the rest of the report is worth having."""
     checkpoint = progress.get("checkpoint")
-    time = checkpoint.get("time") if isinstance(checkpoint, dict) else None
+    time = cast(Mapping[str, Any], checkpoint).get("time") if isinstance(checkpoint, dict) else None
     if not isinstance(time, int | float) or not 0 <= time <= MAX_TIME:
         progress.pop("checkpoint", None)
 

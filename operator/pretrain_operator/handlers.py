@@ -30,6 +30,11 @@ class PodCache:
         """Use kopf's index from now on."""
         self._index = index
 
+    @property
+    def attached(self) -> bool:
+        """Whether kopf has started and feeds it."""
+        return self._index is not None
+
     def __call__(self, key: Key) -> Iterable[Mapping[str, Any]]:
         """The pods of one job; none before the watch has begun."""
         if self._index is None or key not in self._index:

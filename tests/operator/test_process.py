@@ -6,6 +6,8 @@ watches, so that what is tested is the very process that runs in a cluster.
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from aiohttp import web
 
 from pretrain_api import names
 from pretrain_operator import handlers
-from pretrain_operator.__main__ import QueueNudge, serve, wait_for_crd
+from pretrain_operator.__main__ import QueueNudge, operate, serve, wait_for_crd
 from pretrain_operator.cluster import Body, ClusterError, HttpCluster, Kind
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.queue import WorkQueue
@@ -201,12 +203,19 @@ async def test_health_and_metrics_pages(unused_tcp_port_factory: Callable[[], in
     queue: WorkQueue[Key] = WorkQueue(hang, workers=1, metrics=Metrics())
     rounds = asyncio.create_task(queue.run())
     settings = Settings(metrics_port=metrics_port, health_port=health_port)
-    runners = await serve(settings, Metrics(), queue, stuck_seconds=0.05)
+    ready = asyncio.Event()
+    runners = await serve(settings, Metrics(), queue, ready=ready.is_set, stuck_seconds=0.05)
     async with aiohttp.ClientSession() as session:
         async with session.get(f"http://127.0.0.1:{metrics_port}/metrics") as response:
             assert "pretrain_operator_queue_depth" in await response.text()
         health = f"http://127.0.0.1:{health_port}/healthz"
         async with session.get(health) as response:
+            assert response.status == 200
+        readiness = f"http://127.0.0.1:{health_port}/readyz"
+        async with session.get(readiness) as response:
+            assert response.status == 503
+        ready.set()
+        async with session.get(readiness) as response:
             assert response.status == 200
         queue.add(("a", "b"))
         await until(lambda: queue.longest_round > 0.05)
@@ -214,3 +223,31 @@ async def test_health_and_metrics_pages(unused_tcp_port_factory: Callable[[], in
             assert response.status == 503
     rounds.cancel()
     await asyncio.gather(rounds, *(runner.cleanup() for runner in runners), return_exceptions=True)
+
+
+async def test_a_signal_ends_the_wait_for_the_definition(
+    kubeconfig: Path, monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int
+) -> None:
+    asked = asyncio.Event()
+
+    async def not_yet(_: HttpCluster) -> bool:
+        asked.set()
+        return False
+
+    cluster = await HttpCluster.connect(str(kubeconfig))
+
+    async def connect() -> HttpCluster:
+        return cluster
+
+    monkeypatch.setattr(HttpCluster, "connect", connect)
+    monkeypatch.setattr(HttpCluster, "serves_jobs", not_yet)
+    settings = Settings(metrics_port=0, health_port=unused_tcp_port)
+    process = asyncio.create_task(operate(settings))
+    async with asyncio.timeout(10), aiohttp.ClientSession() as session:
+        await asked.wait()
+        for page, status in (("healthz", 200), ("readyz", 503)):
+            async with session.get(f"http://127.0.0.1:{unused_tcp_port}/{page}") as response:
+                assert response.status == status
+        os.kill(os.getpid(), signal.SIGTERM)
+        await process
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
