@@ -48,7 +48,7 @@ class ExitCode(IntEnum):
 
 
 class Phase(StrEnum):
-    """Where a rank is, so that ``beat_age_seconds`` can be read: a save may take longer than a step.
+    """Where a rank is: what makes ``beat_age_seconds`` readable, as a save outlasts a step.
 
     Nothing ends a rank for staying in a phase: a hang is shown, and judged by whoever looks.
     """

@@ -1,7 +1,8 @@
 """The trainer's end of the shared memory between ranks and their supervisor.
 
-A rank says which phase it is in, so that a hang is noticed, and takes orders, so that a save before
-a shutdown needs no signal. Without an agent there is no board: nothing is said and nothing ordered.
+A rank says which phase it is in, so that a hang can be seen in the age of what it said last, and
+takes orders, so that a save before a shutdown needs no signal. Without an agent there is no board:
+nothing is said and nothing ordered.
 """
 
 from pretrain_agent.board import Board
