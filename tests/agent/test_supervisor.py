@@ -1,9 +1,11 @@
 """Decisions of a supervisor, made in this process: its launcher is a socket, its ranks a board."""
 
 import asyncio
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,7 @@ from pretrain_api.wire import (
 
 
 @pytest.fixture
-def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
-    """A supervisor that starts nothing and kills nothing."""
+def unpatched(tmp_path: Path) -> Iterator[Supervisor]:
     environment = {
         names.ENV_ASSIGNMENT: str(tmp_path / "assignment"),
         names.ENV_TERMINATION_LOG: str(tmp_path / "termination"),
@@ -38,13 +39,20 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supe
         names.ENV_HOST: "127.0.0.1",
     }
     created = Supervisor(Settings.from_environment(environment))
+    yield created
+    shutil.rmtree(created.directory, ignore_errors=True)
+
+
+@pytest.fixture
+def supervisor(unpatched: Supervisor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    """A supervisor that starts nothing and kills nothing."""
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(created, "_start_launcher", lambda: ours)
+    monkeypatch.setattr(unpatched, "_start_launcher", lambda: ours)
     monkeypatch.setattr(process, "adopt_orphans", lambda: None)
     monkeypatch.setattr(process, "reap", dict)
     monkeypatch.setattr(process, "kill_descendants", lambda timeout: [])
     with theirs:
-        yield created
+        yield unpatched
 
 
 def message(supervisor: Supervisor) -> TerminationMessage:
@@ -171,3 +179,18 @@ def test_an_order_to_save_ends_with_the_save(supervisor: Supervisor) -> None:
         assert board.order is Order.SAVE
 
     asyncio.run(while_running(supervisor, scenario))
+
+
+@pytest.mark.parametrize(("watched", "told"), [(True, "1"), (False, "")])
+def test_ranks_are_told_whether_a_person_watches(
+    unpatched: Supervisor, monkeypatch: pytest.MonkeyPatch, watched: bool, told: str
+) -> None:
+    given: dict[str, str] = {}
+
+    def popen(command: list[str], **options: Any) -> None:
+        given.update(options["env"])
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: watched)
+    unpatched._start_launcher().close()
+    assert given[names.ENV_TERMINAL] == told

@@ -157,7 +157,12 @@ class Supervisor:
             stderr=self.pump.launcher_end,
             pass_fds=[theirs.fileno()],
             start_new_session=True,
-            env={**os.environ, names.ENV_BOARD: str(self.directory / "board")},
+            env={
+                **os.environ,
+                names.ENV_BOARD: str(self.directory / "board"),
+                # ranks write into pipes and can't see where these end
+                names.ENV_TERMINAL: "1" if sys.stdout.isatty() else "",
+            },
         )
         theirs.close()
         return ours

@@ -1,10 +1,16 @@
-"""Log lines: JSON where a machine reads them, one aligned line where a person does."""
+"""Log lines: JSON where a machine reads them, one aligned line where a person does.
+
+A supervised rank writes into a pipe whatever is at its end, so the supervisor tells it.
+"""
 
 import json
 import logging
+import os
 import sys
 import time
 from typing import Any
+
+from pretrain_api import names
 
 LOGGER = "pretrain_trainer"
 
@@ -45,7 +51,8 @@ class HumanLines(logging.Formatter):
 def set_up_logs(rank: int) -> None:
     """Send this package's log to standard error; ranks other than 0 say only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(HumanLines() if sys.stderr.isatty() else JsonLines(rank))
+    watched = sys.stderr.isatty() or os.environ.get(names.ENV_TERMINAL) == "1"
+    handler.setFormatter(HumanLines() if watched else JsonLines(rank))
     logger = logging.getLogger(LOGGER)
     logger.handlers = [handler]
     logger.propagate = False
