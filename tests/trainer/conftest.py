@@ -10,18 +10,20 @@ import inspect
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, Listener, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 SERVER = Path(__file__).with_name("pool_server.py")
+FORK_SECONDS = 60  # for a forked rank to connect
 ECHO_SECONDS = 5  # after one rank failed, for the others to say what they saw
 
 
@@ -34,7 +36,10 @@ class Pool:
 
     def __init__(self, folder: Path) -> None:
         self._address = str(folder / "pool.sock")
-        self._listener = Listener(self._address)
+        self._listener = socket.socket(socket.AF_UNIX)  # a Listener would know no deadline
+        self._listener.bind(self._address)
+        self._listener.listen()
+        self._listener.settimeout(FORK_SECONDS)
         self._server: subprocess.Popen[str] | None = None
         self._ranks: dict[int, tuple[Connection, int]] = {}
 
@@ -95,8 +100,12 @@ class Pool:
             server.stdin.write(f"{rank}\n")
         server.stdin.flush()
         for _ in missing:
-            connection = self._listener.accept()
-            number, pid = connection.recv()
+            try:
+                connection = Connection(self._listener.accept()[0].detach())
+                number, pid = connection.recv()
+            except (TimeoutError, EOFError):
+                died = [rank for rank in missing if rank not in self._ranks]
+                raise RankError(f"ranks {died} were forked, but some died before a task") from None
             self._ranks[number] = (connection, pid)
 
     def _start_server(self) -> subprocess.Popen[str]:
