@@ -1,14 +1,15 @@
 """Real supervisors with toy ranks on the loopback: start, assign, watch and end them."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,8 +40,13 @@ def until(condition: Callable[[], T], what: str, deadline: float = DEADLINE) -> 
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """One that no connection or store picks before a supervisor binds it: those use higher ones."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            port = random.randrange(10_000, min(lowest, 32768))
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -62,13 +68,17 @@ class Worker:
     known: set[int] = field(default_factory=set)  # pids of everything ever seen below it
     boards: set[Path | None] = field(default_factory=set)  # what a killed supervisor leaves behind
 
-    def status(self) -> WorkerStatus | None:
+    def status(self) -> WorkerStatus:
+        """What it answers, as soon as it does: on a busy machine that may take several attempts."""
+        return until(self._ask, f"a status of {self.name}\n{self.log()}")
+
+    def _ask(self) -> WorkerStatus | None:
         try:
             with urllib.request.urlopen(
                 f"http://127.0.0.1:{self.http_port}/status", timeout=5
             ) as answer:
                 return WorkerStatus.model_validate_json(answer.read())
-        except (urllib.error.URLError, OSError):
+        except OSError:
             return None
 
     def tree(self) -> list[process.Process]:
