@@ -302,6 +302,15 @@ class Bench:
             self.report(report)
             await self.settle()
 
+    async def crash(self) -> None:
+        """The program of worker 1 fails; the job goes on a second later, if at all."""
+        assignment = self.status.assignment
+        said = message(Result.FAILED, generation=assignment.generation if assignment else 0, rank=1)
+        self.cluster.finish(self.member_pods()[1], 1, said)
+        await self.settle()
+        self.cluster.advance(1)
+        await self.train()
+
     def report(self, progress: Progress, phase: Phase = Phase.STEP) -> None:
         """The leader reports progress in the present generation."""
         assignment = self.status.assignment

@@ -1,15 +1,13 @@
 """A job from `kubectl apply` to its end, round by round, on the in-memory cluster."""
 
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 
 from pretrain_api import names
-from pretrain_api.status import MAX_ATTEMPTS, JobPhase
+from pretrain_api.status import JobPhase
 from pretrain_api.wire import CheckpointReport, ExitCode, Failure, Phase, Progress, Result
-from pretrain_operator.cluster import ConflictError, Kind
+from pretrain_operator.cluster import Kind
 from pretrain_operator.testing import JOB, Bench, condition, message
 
 CHECKPOINT = CheckpointReport(step=40, time=1.0, path="checkpoint/step-40", bytes=7)
@@ -213,61 +211,6 @@ async def test_one_failure_seen_worker_by_worker_is_charged_once(bench: Bench) -
     assert assigned(bench, "llama-0-2")["generation"] == 2
 
 
-async def test_an_echo_after_the_meeting_is_free(bench: Bench) -> None:
-    await bench.submit(recovery={"backoffSeconds": 0})
-    await bench.train()
-    bench.cluster.finish("llama-1-1", 1, message(Result.FAILED, rank=1))
-    await bench.train()
-    bench.cluster.finish("llama-0-1", 1, message(Result.FAILED, rank=0))
-    await bench.train()
-    assert [(a.generation, a.charged) for a in bench.status.attempts] == [(1, True), (2, False)]
-    assert bench.member_pods() == ["llama-0-3", "llama-1-2"]
-
-
-async def test_a_pod_that_was_never_told_of_a_generation_is_no_echo(bench: Bench) -> None:
-    await bench.submit(recovery={"backoffSeconds": 0})
-    await bench.settle()
-    for name in ("llama-1-1", "llama-0-1"):
-        bench.cluster.start(name)
-        bench.cluster.finish(name, 1, message(Result.FAILED, generation=0))
-        await bench.settle()
-    assert [attempt.charged for attempt in bench.status.attempts] == [True, True]
-
-
-async def test_a_free_loss_does_not_cut_the_wait_after_a_failure_short(bench: Bench) -> None:
-    await bench.submit(recovery={"backoffSeconds": 60})
-    await bench.train()
-    bench.cluster.finish("llama-1-1", 1, message(Result.FAILED, rank=1))
-    await bench.settle()
-    bench.cluster.advance(1)
-    bench.cluster.vanish(Kind.POD, "llama-0-1")
-    assert await bench.settle() == 59
-
-
-async def crash(bench: Bench, code: int = 1) -> None:
-    generation = bench.status.assignment.generation
-    said = message(Result.FAILED, generation=generation, rank=1)
-    bench.cluster.finish(bench.member_pods()[1], code, said)
-    await bench.settle()
-    bench.cluster.advance(1)
-    await bench.train()
-
-
-async def test_the_budget_ends_the_job_with_the_last_reason(bench: Bench) -> None:
-    await bench.submit(recovery={"maxRestarts": 2, "backoffSeconds": 0})
-    await bench.train()
-    for _ in range(3):
-        assert bench.condition(names.FAILED) is None
-        await crash(bench)
-    assert bench.condition(names.FAILED) == ("True", "BackoffLimitExceeded")
-    assert bench.status.restarts.charged == 2
-    assert len(bench.status.attempts) == 3
-    assert all(
-        "deletionTimestamp" in p["metadata"] or p["status"]["phase"] == "Failed"
-        for p in bench.cluster.pods()
-    )
-
-
 async def test_a_new_checkpoint_forgives(bench: Bench) -> None:
     await bench.submit(recovery={"maxRestarts": 1, "backoffSeconds": 0})
     await bench.train()
@@ -276,19 +219,10 @@ async def test_a_new_checkpoint_forgives(bench: Bench) -> None:
         bench.report(Progress(step=step, steps=100, checkpoint=report))
         bench.cluster.advance(11)
         await bench.settle()
-        await crash(bench)
+        await bench.crash()
     assert bench.condition(names.FAILED) is None
-    await crash(bench)
+    await bench.crash()
     assert bench.condition(names.FAILED) == ("True", "BackoffLimitExceeded")
-
-
-async def test_failures_outside_the_window_are_forgotten(bench: Bench) -> None:
-    await bench.submit(recovery={"maxRestarts": 1, "backoffSeconds": 0, "windowSeconds": 60})
-    await bench.train()
-    for _ in range(4):
-        await crash(bench)
-        bench.cluster.advance(60)
-    assert bench.condition(names.FAILED) is None
 
 
 @pytest.mark.parametrize(
@@ -309,98 +243,6 @@ async def test_final_exit_codes_are_never_retried(
     failed = next(c for c in bench.status.conditions if c.type == names.FAILED)
     assert "/nowhere doesn't exist" in failed.message
     assert bench.status.restarts.total == 0
-
-
-@pytest.mark.parametrize("reason", ["PreemptionByScheduler", "EvictionByEvictionAPI"])
-async def test_disruptions_are_free(bench: Bench, reason: str) -> None:
-    await bench.submit(recovery={"maxRestarts": 0})
-    await bench.train()
-    bench.cluster.finish("llama-1-1", 137)
-    disrupted = condition("DisruptionTarget", "True", reason=reason)
-    bench.cluster.set_status("llama-1-1", conditions=[disrupted])
-    await bench.settle()
-    assert bench.status.restarts.by_reason == {reason: 1}
-    assert bench.condition(names.FAILED) is None
-
-
-async def test_an_eviction_without_a_disruption_is_the_pods_own_fault(bench: Bench) -> None:
-    await bench.submit()
-    await bench.train()
-    bench.cluster.finish("llama-1-1", 137)
-    why = 'Usage of EmptyDir volume "cache" exceeds the limit "1Gi".'
-    bench.cluster.set_status("llama-1-1", reason="Evicted", message=why)
-    await bench.settle()
-    attempt = bench.status.attempts[-1]
-    assert (attempt.reason, attempt.charged) == ("Evicted", True)
-    assert why in attempt.message
-
-
-async def test_an_eviction_for_the_nodes_sake_is_free_and_says_why(bench: Bench) -> None:
-    await bench.submit(recovery={"maxRestarts": 0})
-    await bench.train()
-    disrupted = condition("DisruptionTarget", "True", reason="TerminationByKubelet")
-    bench.cluster.set_status(
-        "llama-1-1", phase="Failed", reason="Evicted", message="low on memory",
-        conditions=[disrupted],
-    )  # fmt: skip
-    await bench.settle()
-    attempt = bench.status.attempts[-1]
-    assert (attempt.reason, attempt.charged) == ("TerminationByKubelet", False)
-    assert "low on memory" in attempt.message
-
-
-@pytest.mark.parametrize("leaving", [True, False])
-async def test_exit_143_without_our_word_is_free_only_of_a_pod_that_leaves(
-    bench: Bench, leaving: bool
-) -> None:
-    await bench.submit()
-    await bench.train()
-    if leaving:
-        bench.cluster.remove(Kind.POD, "llama-1-1")
-    bench.cluster.finish("llama-1-1", 143)
-    await bench.settle()
-    assert bench.status.attempts[-1].charged is not leaving
-
-
-@pytest.mark.parametrize("reason", ["OutOfcpu", "OutOfnvidia.com/gpu", "UnexpectedAdmissionError"])
-async def test_a_kubelet_that_does_not_admit_the_pod_costs_nothing_but_time(
-    bench: Bench, reason: str
-) -> None:
-    await bench.submit(recovery={"maxRestarts": 0, "backoffSeconds": 5})
-    waits = []
-    for _ in range(3):
-        await bench.settle()
-        name = bench.member_pods()[1]
-        bench.cluster.set_status(name, phase="Failed", reason=reason, message="no room")
-        waits.append(await bench.settle())
-    assert bench.status.restarts.by_reason == {reason: 3}
-    assert waits[-1] == 5
-
-
-async def test_free_restarts_do_not_push_failures_out_of_the_ledger(bench: Bench) -> None:
-    await bench.submit(
-        recovery={"maxRestarts": 1, "backoffSeconds": 0, "windowSeconds": 86_400 * 7}
-    )
-    await bench.train()
-    await crash(bench)
-    for _ in range(MAX_ATTEMPTS + 2):
-        bench.cluster.vanish(Kind.POD, bench.member_pods()[1])
-        await bench.train()
-    assert len(bench.status.attempts) == MAX_ATTEMPTS
-    await crash(bench)
-    assert bench.condition(names.FAILED) == ("True", "BackoffLimitExceeded")
-
-
-async def test_free_restarts_that_come_thick_and_fast_wait(bench: Bench) -> None:
-    await bench.submit(recovery={"backoffSeconds": 5})
-    await bench.train()
-    waits = []
-    for _ in range(4):
-        bench.cluster.vanish(Kind.POD, bench.member_pods()[1])
-        waits.append(await bench.settle())
-        bench.cluster.advance(waits[-1] or 0)
-        await bench.train()
-    assert waits == [None, None, 5, 10]
 
 
 async def test_suspend_saves_and_resume_goes_on_in_a_new_generation(bench: Bench) -> None:
@@ -446,113 +288,6 @@ async def test_deleting_the_job_takes_everything_but_a_retained_claim(bench: Ben
     assert len(bench.cluster.all(Kind.CLAIM)) == 1
     assert await bench.round() is None
     assert "llama" not in str(list(bench.metrics.registry.collect()))
-
-
-async def make_suspended(bench: Bench) -> None:
-    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": True}})
-
-
-async def make_finished(bench: Bench) -> None:
-    bench.cluster.finish("llama-0-1", 0, message(Result.COMPLETE, DONE))
-
-
-async def make_refused(bench: Bench) -> None:
-    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"training": {"steps": "many"}}})
-
-
-async def make_held(bench: Bench) -> None:
-    bench.cluster.vanish(Kind.CONFIG_MAP, f"{JOB}-config")
-    await bench.cluster.create(
-        Kind.CONFIG_MAP, "default", {"metadata": {"name": f"{JOB}-config"}, "data": {}}
-    )
-    bench.cluster.vanish(Kind.POD, "llama-1-1")
-
-
-async def leave_running(bench: Bench) -> None:
-    assert bench.status.phase is JobPhase.STARTING
-
-
-STATES = [leave_running, make_suspended, make_finished, make_refused, make_held]
-
-
-def set_retention(bench: Bench, retention: str) -> None:
-    volume = {"claimTemplate": {"storage": "1Gi"}, "retention": retention}
-    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"volumes": {"checkpoint": volume}}})
-
-
-@pytest.mark.parametrize("at_once", [False, True], ids=["later", "in the same moment"])
-@pytest.mark.parametrize("state", STATES)
-async def test_retention_may_change_at_any_time(
-    bench: Bench, state: Callable[[Bench], Awaitable[None]], at_once: bool
-) -> None:
-    await bench.submit()
-    await bench.train()
-    await state(bench)
-    if not at_once:
-        await bench.settle()
-    set_retention(bench, "Delete")
-    await bench.settle()
-    assert bench.cluster.all(Kind.CLAIM)[0]["metadata"]["ownerReferences"][0]["name"] == JOB
-    set_retention(bench, "Retain")
-    await bench.settle()
-    assert "ownerReferences" not in bench.cluster.all(Kind.CLAIM)[0]["metadata"]
-
-
-async def test_a_claim_is_retained_before_an_expired_job_goes(bench: Bench) -> None:
-    volume = {"claimTemplate": {"storage": "1Gi"}, "retention": "Delete"}
-    await bench.submit(ttlSecondsAfterFinished=10, volumes={"checkpoint": volume})
-    await bench.train()
-    await make_finished(bench)
-    await bench.settle()
-    bench.cluster.advance(10)
-    set_retention(bench, "Retain")
-    await bench.settle()
-    assert bench.cluster.all(Kind.JOB) == []
-    assert len(bench.cluster.all(Kind.CLAIM)) == 1
-
-
-async def test_retention_leaves_other_owners_of_the_claim_alone(bench: Bench) -> None:
-    await bench.submit()
-    await bench.train()
-    claim = bench.cluster.all(Kind.CLAIM)[0]
-    other = {"uid": "other", "name": "backup", "controller": True}
-    claim["metadata"]["ownerReferences"] = [other]
-    set_retention(bench, "Delete")
-    await bench.settle()
-    owners = bench.cluster.all(Kind.CLAIM)[0]["metadata"]["ownerReferences"]
-    assert owners[0] == other
-    assert [(owner["name"], owner["controller"]) for owner in owners[1:]] == [(JOB, False)]
-    set_retention(bench, "Retain")
-    await bench.settle()
-    assert bench.cluster.all(Kind.CLAIM)[0]["metadata"]["ownerReferences"] == [other]
-
-
-async def test_a_claim_of_somebody_else_gets_no_owner(bench: Bench) -> None:
-    await bench.submit(suspend=True)
-    await bench.settle()
-    alien = {"metadata": {"name": f"{JOB}-checkpoint"}, "spec": {}}
-    await bench.cluster.create(Kind.CLAIM, "default", alien)
-    set_retention(bench, "Delete")
-    await bench.settle()
-    assert "ownerReferences" not in bench.cluster.all(Kind.CLAIM)[0]["metadata"]
-
-
-async def test_an_owner_is_set_only_on_the_claim_that_was_read(bench: Bench) -> None:
-    await bench.submit()
-    await bench.train()
-    set_retention(bench, "Delete")
-    get = bench.cluster.get
-
-    async def get_and_replace(kind: Kind, namespace: str, name: str) -> dict[str, Any]:
-        found = await get(kind, namespace, name)
-        if kind is Kind.CLAIM:
-            bench.cluster.objects[kind, namespace, name]["metadata"]["uid"] = "another"
-        return found
-
-    bench.cluster.get = get_and_replace
-    with pytest.raises(ConflictError):
-        await bench.round()
-    assert "ownerReferences" not in bench.cluster.all(Kind.CLAIM)[0]["metadata"]
 
 
 async def test_deadline(bench: Bench) -> None:
@@ -650,30 +385,6 @@ async def test_an_invalid_spec_is_refused_once_and_heals(bench: Bench) -> None:
     await bench.train()
     assert bench.condition(names.FAILED) == ("False", "Valid")
     assert len(bench.cluster.pods()) == 2
-
-
-async def test_a_job_whose_spec_became_invalid_can_be_suspended(bench: Bench) -> None:
-    await bench.submit()
-    await bench.train()
-    await make_refused(bench)
-    await bench.settle()
-    assert all("deletionTimestamp" not in p["metadata"] for p in bench.cluster.pods())
-    await make_suspended(bench)
-    await bench.settle()
-    assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
-    assert bench.condition(names.SUSPENDED) == ("True", "Suspended")
-    assert bench.condition(names.FAILED) == ("True", "Invalid")
-    assert bench.events().count("Invalid") == 1
-
-
-async def test_the_deadline_holds_for_a_job_whose_spec_became_invalid(bench: Bench) -> None:
-    await bench.submit(activeDeadlineSeconds=60)
-    await bench.train()
-    await make_refused(bench)
-    assert await bench.settle() == 60
-    bench.cluster.advance(60)
-    await bench.settle()
-    assert bench.condition(names.FAILED) == ("True", "DeadlineExceeded")
 
 
 async def test_restarts_in_place_are_counted_once_though_the_leader_was_silent(
