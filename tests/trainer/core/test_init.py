@@ -1,6 +1,7 @@
 """Initial parameters: equal on every layout, and no rank draws much more than it holds."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ CPU = torch.device("cpu")
 # Rows of 96 make blocks of 170 rows, which no shard's border respects; 5,001 rows can't be shared
 # evenly.
 SHAPE = LlamaShape(dim=96, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=5001, multiple_of=32)
+# 190 MB in float32: enough to tell a whole model from a quarter of one.
+BIG = LlamaShape(dim=512, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=40_000, multiple_of=32)
 
 
 def initialised(config: RunConfig) -> tuple[dict[str, Tensor], int, int]:
@@ -83,6 +86,40 @@ def test_a_rank_draws_little_more_than_its_shard(
             assert drawn <= held + 2 * BLOCK_ELEMENTS * drawn_parameters
             assert drawn < 1.5 * whole / size
         assert sum(held for _, _, held in results) == sum(p.numel() for p in alone().parameters())
+
+
+def started_big(config: RunConfig) -> tuple[int, float]:
+    """Peak of this rank's memory in bytes, and CPU seconds, from meta model to drawn weights."""
+    import os
+    import time
+
+    def memory(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+    with joined_world(config, Place.from_environment(os.environ)) as world:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is held now
+        before, started = memory("VmRSS:"), time.process_time()
+        with torch.device("meta"):
+            model = Llama3(BIG, seq_len=8)
+        parallelize(model, config, world.mesh, world.device)
+        initialise(model, seed=3, device=world.device)
+        return memory("VmHWM:") - before, time.process_time() - started
+
+
+def test_peak_memory_and_time_of_a_start_scale_with_the_shard(
+    ranks: Callable[..., Any], run_config: Callable[..., RunConfig]
+) -> None:
+    config = run_config()
+    with torch.device("meta"):
+        whole = sum(4 * p.numel() for p in Llama3(BIG, seq_len=8).parameters())
+    ((memory_alone, seconds_alone),) = ranks(1, started_big, config)
+    assert memory_alone >= 0.9 * whole
+    quarters = ranks(4, started_big, config)
+    slack = 24 * 2**20  # bytes: torch's own tables and the allocator's arenas
+    assert all(memory <= whole / 4 + slack for memory, _ in quarters)
+    # A quarter of the numbers takes about a quarter of the CPU time; more where cores are shared.
+    assert sorted(seconds for _, seconds in quarters)[1] < 0.6 * seconds_alone
 
 
 def test_scratch_memory_is_a_block_not_a_parameter() -> None:
