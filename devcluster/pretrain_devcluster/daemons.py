@@ -60,7 +60,8 @@ def running(layout: Layout, name: str) -> int | None:
         record = json.loads(_record(layout, name).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return record["pid"] if _start_time(record["pid"]) == record["start_time"] else None
+    started = record["start_time"]  # None: it had ended before it could be asked
+    return record["pid"] if started is not None and _start_time(record["pid"]) == started else None
 
 
 def recorded(layout: Layout) -> list[str]:

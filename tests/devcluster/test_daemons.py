@@ -93,6 +93,13 @@ def test_the_end_of_a_dead_daemons_log_is_shown(folders: Layout) -> None:
         daemons.require_alive(folders, "brief")
 
 
+def test_a_daemon_that_ended_before_its_start_was_noted_is_dead(folders: Layout) -> None:
+    folders.run.mkdir(parents=True)
+    record = {"pid": 2**22 + 1, "start_time": None, "command": ["gone"]}
+    (folders.run / "brief.json").write_text(json.dumps(record))
+    assert daemons.running(folders, "brief") is None
+
+
 def test_a_half_written_record_counts_as_no_daemon(folders: Layout) -> None:
     folders.run.mkdir(parents=True)
     (folders.run / "sleeper.json").write_text('{"pid": 1')
