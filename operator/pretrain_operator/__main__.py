@@ -32,7 +32,7 @@ CRD_RETRY_SECONDS = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class QueueNudge(handlers.Nudge):
+class QueueNudge:
     """Handlers' news become keys in the queue."""
 
     def __init__(self, queue: WorkQueue[Key], metrics: Metrics) -> None:

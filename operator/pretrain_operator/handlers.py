@@ -7,7 +7,7 @@ the object: no finalizer (deleting a job works while the operator is away), no a
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import kopf
 
@@ -42,16 +42,14 @@ class PodCache:
         return tuple(self._index[key])
 
 
-class Nudge:
+class Nudge(Protocol):
     """How handlers reach the queue."""
 
     def changed(self, key: Key) -> None:
         """Something about this job changed."""
-        raise NotImplementedError
 
     def deleted(self, key: Key) -> None:
         """The job is gone."""
-        raise NotImplementedError
 
 
 def build_registry(cache: PodCache, nudge: Nudge) -> kopf.OperatorRegistry:

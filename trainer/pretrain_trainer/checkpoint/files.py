@@ -9,8 +9,8 @@ its own memory. There is no moment between check and use in which somebody could
 
 The digest is BLAKE2b cut to 256 bits. Of the strong digests in hashlib it has the best worst case:
 about 430 MB/s and thread on a server core without SHA instructions, where SHA-256 does 240 MB/s.
-SHA-256 wins on cores with SHA instructions, but there both outrun most shared storage. CRC-like
-sums are faster still and can be forged.
+SHA instructions, where a core has them, should turn that round (not measured). CRC-like sums are
+faster still and can be forged.
 
 Every system call that changes something is spelled ``os.<call>`` here and in :mod:`.root`, so that
 tests can count, interrupt and replay them.
