@@ -149,6 +149,23 @@ class Volumes(Section):
     """Where checkpoints and everything else the run writes are kept."""
 
 
+class Hang(Section):
+    """Seconds a phase may last without a sign of life before the ranks are started again."""
+
+    starting_seconds: Positive = 600
+    """Process group, mesh and model."""
+    load_seconds: Positive = 1800
+    """Reading a checkpoint, since the last piece of it."""
+    first_step_seconds: Positive = 1800
+    """The first step after a start, compilation included."""
+    data_seconds: Positive = 1800
+    """Waiting for samples."""
+    step_seconds: Positive | None = None
+    """A step. Unset is ten times the median step, at least 60."""
+    save_seconds: Positive = 1800
+    """Writing a checkpoint, since the last piece of it."""
+
+
 class Recovery(Section):
     """How often work is started again after failures, and how soon."""
 
@@ -157,9 +174,12 @@ class Recovery(Section):
     window_seconds: Positive = 3600
     """Length of the window in which failures are counted. A new checkpoint empties it."""
     backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 5
-    """Wait before the first restart; doubles with every failure in the window."""
+    """Wait before the second restart in the window; doubles with every further failure. The first
+    restart doesn't wait."""
     max_backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 300
     """Longest wait before a restart."""
+    hang: Hang = Hang()
+    """When ranks that give no sign of life are started again."""
 
     rules: ClassVar = (
         Rule(

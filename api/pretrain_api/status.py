@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from pretrain_api.wire import SkippedCheckpoint
+from pretrain_api.wire import Order, SkippedCheckpoint
 
 MAX_ATTEMPTS = 20  # entries kept of the attempt ledger, newest last
 MAX_MESSAGE = 1024  # characters of a message that comes from a worker
@@ -115,6 +115,16 @@ class AssignmentStatus(Tolerant):
     """When its members were told about each other."""
     in_place_before: int = 0
     """Restarts within pods that the leader's own count doesn't include."""
+    order: Order = Order.NONE
+    """What all members were told to do: pause before a change of size, drain before suspension."""
+    ordered: datetime | None = None
+    """When they were told."""
+    until: datetime | None = None
+    """When they are no longer waited for."""
+    candidates: Annotated[tuple[Member, ...], Field(max_length=4096)] = ()
+    """Workers that start beside the members, to join a larger world once they are ready."""
+    written_off: Annotated[tuple[str, ...], Field(max_length=4096)] = ()
+    """UIDs of pods that were lost with their node: fenced out, and no longer waited for."""
 
 
 class ProgressStatus(Tolerant):
@@ -161,6 +171,8 @@ class CheckpointStatus(Tolerant):
     """Folder, relative to the root of the volume."""
     bytes: int = 0
     """Size over all files."""
+    seconds: float | None = None
+    """How long training stood still for it."""
     verified: str = "local"
     """Who read it back: local (the writer) or remote (another client of the file system)."""
     skipped: Annotated[tuple[SkippedCheckpoint, ...], Field(max_length=MAX_ATTEMPTS)] = ()

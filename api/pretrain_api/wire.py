@@ -34,6 +34,7 @@ class Order(StrEnum):
 
     NONE = "none"
     SAVE = "save"  # save a checkpoint and go on
+    PAUSE = "pause"  # save a checkpoint and stop the ranks; the pod waits for its next generation
     DRAIN = "drain"  # save a checkpoint and exit with ExitCode.PREEMPTED
     STOP = "stop"  # exit without saving
 
@@ -48,15 +49,13 @@ class ExitCode(IntEnum):
 
 
 class Phase(StrEnum):
-    """Where a rank is: what makes ``beat_age_seconds`` readable, as a save outlasts a step.
-
-    Nothing ends a rank for staying in a phase: a hang is shown, and judged by whoever looks.
-    """
+    """Where a rank is. Each phase may go without a sign of life for a time of its own."""
 
     WAITING = "waiting"  # for an assignment or for peers
     STARTING = "starting"  # process group, mesh, model
     LOAD = "load"  # reading a checkpoint
     FIRST_STEP = "firstStep"  # the first step after a start, compilation included
+    DATA = "data"  # waiting for the samples of the next step
     STEP = "step"
     EVAL = "eval"
     SAVE = "save"
@@ -72,13 +71,24 @@ class Result(StrEnum):
     FAILED = "failed"
 
 
+class HangDeadlines(Wire):
+    """Seconds without a sign of life after which a phase counts as hung; None is the default."""
+
+    starting: float | None = None
+    load: float | None = None
+    first_step: float | None = None
+    data: float | None = None
+    step: float | None = None
+    save: float | None = None
+
+
 class Assignment(Wire):
     """The place of one pod in one generation of the world.
 
     ``generation`` grows with every change of membership; a worker ignores anything older than what
     it has seen. ``leader`` is ``host:port`` of the meeting point, in the pod of rank 0. ``rank`` is
     None for a pod that has no place in this generation and should wait. ``nonce`` opens the meeting
-    point and every mutating endpoint.
+    point and every mutating endpoint. Within one generation only ``orders`` and ``hang`` change.
     """
 
     generation: Annotated[int, Field(ge=1)]
@@ -87,6 +97,7 @@ class Assignment(Wire):
     leader: str
     nonce: str
     orders: Order = Order.NONE
+    hang: HangDeadlines | None = None
 
 
 class CheckpointReport(Wire):
@@ -133,8 +144,25 @@ class Failure(Wire):
     rank: int | None = None  # global rank
     exit_code: int | None = None
     signal: str | None = None  # e.g. "SIGKILL"
-    reason: str = "RankFailed"  # RankFailed, PeerLost, OOMKilled, Config, DoNotRetry, Launcher
+    # RankFailed, PeerLost, Hung, OOMKilled, Config, DoNotRetry, Launcher
+    reason: str = "RankFailed"
     message: str = ""  # the exception's last line, or the tail of the log
+
+
+class Timeline(Wire):
+    """When the newest start of a worker's ranks passed each stage; seconds since the epoch.
+
+    A stage that was not reached yet, or is left out of this start, is None.
+    """
+
+    generation: int = 0
+    round: int = 0
+    stopped: float | None = None  # the ranks of the round before were found dead, or told to stop
+    joined: float | None = None  # no rank ran any more: this agent asked for the round
+    started: float | None = None  # all agents had met: ranks were told to start
+    load: float | None = None  # the slowest local rank began to read a checkpoint
+    first_step: float | None = None  # the slowest local rank began its first step
+    trained: float | None = None  # and ended it
 
 
 class WorkerStatus(Wire):
@@ -151,6 +179,11 @@ class WorkerStatus(Wire):
     progress: Progress = Progress()
     last_failure: Failure | None = None
     draining: bool = False
+    warm: bool = False  # ranks can be started at once
+    paused: bool = False  # ranks saved and left on an order to pause
+    waiting_for: tuple[int, ...] = ()  # the leader's word: agents yet to join the next round
+    waiting_seconds: float | None = None  # since the first of the others did
+    timeline: Timeline | None = None
 
 
 class TerminationMessage(Wire):
