@@ -27,12 +27,16 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Delete an object with its own grace period; that it is gone already is fine."""
+    """Delete an object; that it is gone already is fine.
+
+    With its own grace period, unless ``grace_seconds`` is given: 0 doesn't wait for its node.
+    """
 
     kind: Kind
     name: str
     uid: str
     reason: str
+    grace_seconds: int | None = None
 
 
 Action = Create | Patch | Delete

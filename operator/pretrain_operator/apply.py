@@ -98,8 +98,8 @@ class _Executor:
                 await self._create(kind, body)
             case Patch(kind, name, patch, _):
                 await self._patch(kind, name, patch)
-            case Delete(kind, name, uid, _):
-                await self._delete(kind, name, uid)
+            case Delete(kind, name, uid, _, grace_seconds):
+                await self._delete(kind, name, uid, grace_seconds)
         log.info("%s: %s", self._where(), describe(action))
 
     async def _create(self, kind: Kind, body: Body) -> None:
@@ -123,9 +123,9 @@ class _Executor:
         except NotFoundError:
             pass  # gone since it was seen; its end is about to start another round
 
-    async def _delete(self, kind: Kind, name: str, uid: str) -> None:
+    async def _delete(self, kind: Kind, name: str, uid: str, grace_seconds: int | None) -> None:
         try:
-            await self._cluster.delete(kind, self._seen.namespace, name, uid)
+            await self._cluster.delete(kind, self._seen.namespace, name, uid, grace_seconds)
             self._metrics.writes.labels(kind.plural, "delete").inc()
         except (NotFoundError, ConflictError):
             pass  # gone, or another object of that name: either way not there any more
@@ -169,8 +169,9 @@ def describe(action: Action) -> str:
             return f"create {kind.plural}/{body['metadata']['name']} ({reason})"
         case Patch(kind, name, _, reason):
             return f"patch {kind.plural}/{name} ({reason})"
-        case Delete(kind, name, _, reason):
-            return f"delete {kind.plural}/{name} ({reason})"
+        case Delete(kind, name, _, reason, grace_seconds):
+            how = "force-delete" if grace_seconds == 0 else "delete"
+            return f"{how} {kind.plural}/{name} ({reason})"
 
 
 def build_event(job: Body, notice: Notice) -> Body:

@@ -91,8 +91,19 @@ class Cluster(Protocol):
         """JSON merge patch of the status subresource, with the same preconditions."""
         ...
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
-        """Delete with the object's own grace period. With ``uid`` only that very object."""
+    async def delete(
+        self,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        uid: str | None = None,
+        grace_seconds: int | None = None,
+    ) -> None:
+        """Delete with the object's own grace period. With ``uid`` only that very object.
+
+        ``grace_seconds`` replaces the grace period; 0 removes a pod from the cluster at once, even
+        if its node doesn't answer, whether or not its processes still run.
+        """
         ...
 
 
@@ -177,11 +188,20 @@ class HttpCluster:
         """See Cluster."""
         return await self._call("PATCH", _path(kind, namespace, name) + "/status", patch)
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
+    async def delete(
+        self,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        uid: str | None = None,
+        grace_seconds: int | None = None,
+    ) -> None:
         """See Cluster."""
         options: Body = {"propagationPolicy": "Background"}
         if uid is not None:
             options["preconditions"] = {"uid": uid}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
         await self._call("DELETE", _path(kind, namespace, name), options)
 
     async def _call(self, method: str, path: str, body: Body | None = None) -> Body:

@@ -138,6 +138,7 @@ class Observation:
     surroundings: Surroundings | None = None  # None: not looked at, nothing is to be created
     lost_nodes: frozenset[str] = frozenset()
     reports: Mapping[str, WorkerStatus] = field(default_factory=dict[str, WorkerStatus])
+    silent: Mapping[str, float] = field(default_factory=dict[str, float])  # seconds, by pod name
     worker_peers: tuple[Body, ...] = ()  # network policy peers that may read workers' status
     wishes: Wishes = Wishes()
 
@@ -421,6 +422,7 @@ async def gather(
     now: datetime,
     nonce: str,
     reports: Mapping[str, WorkerStatus],
+    silent: Mapping[str, float],
 ) -> Observation:
     """Everything about a job in one observation. Raises ClusterError if a read fails."""
     return Observation(
@@ -436,5 +438,6 @@ async def gather(
         surroundings=await gather_surroundings(cluster, job, pods),
         lost_nodes=await gather_lost_nodes(cluster, pods),
         reports=reports,
+        silent=silent,
         worker_peers=settings.worker_peers,
     )

@@ -10,9 +10,9 @@ from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.observe import Job, Pod, gather, gather_pods, parse_job
 from pretrain_operator.plan import plan
+from pretrain_operator.policies.silence import whom_else, whom_to_ask
 from pretrain_operator.settings import Settings
-from pretrain_operator.status import is_finished
-from pretrain_operator.workers import Workers
+from pretrain_operator.workers import Answers, Workers
 
 Key = tuple[str, str]  # namespace and name of a job
 
@@ -55,6 +55,7 @@ class Reconciler:
             return None
         job = parse_job(body)
         pods = await gather_pods(self._cluster, job, self._cached_pods(key))
+        answers = await self._ask(job, pods)
         seen = await gather(
             self._cluster,
             job,
@@ -62,7 +63,8 @@ class Reconciler:
             settings=self._settings,
             now=self._clock(),
             nonce=secrets.token_hex(NONCE_BYTES),
-            reports=await self._workers.ask(leaders(job, pods)),
+            reports=answers.reports,
+            silent=answers.silent,
         )
         decided = plan(seen)
         self._metrics.record(namespace, name, decided.status or seen.status)
@@ -74,11 +76,7 @@ class Reconciler:
         except NotFoundError:
             return None
 
-
-def leaders(job: Job, pods: Iterable[Pod]) -> list[Pod]:
-    """The pod to ask how training goes: that of rank 0, once it has been told so."""
-    assignment = job.status.assignment
-    if assignment is None or not assignment.workers or is_finished(job.status):
-        return []
-    first = assignment.workers[0]
-    return [pod for pod in pods if pod.uid == first.uid and pod.alive]
+    async def _ask(self, job: Job, pods: tuple[Pod, ...]) -> Answers:
+        """Ask the leader, and everybody else in the same round if that is not enough."""
+        answers = await self._workers.ask(whom_to_ask(job, pods))
+        return answers | await self._workers.ask(whom_else(job, pods, answers.reports))

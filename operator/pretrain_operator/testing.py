@@ -26,6 +26,7 @@ from pretrain_operator.metrics import Metrics
 from pretrain_operator.observe import Pod
 from pretrain_operator.reconcile import Key, Reconciler
 from pretrain_operator.settings import Settings
+from pretrain_operator.workers import Answers
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -79,12 +80,22 @@ class MemoryCluster:
         """See Cluster."""
         return self._patched(kind, namespace, name, patch, status=True)
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
-        """See Cluster."""
+    async def delete(
+        self,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        uid: str | None = None,
+        grace_seconds: int | None = None,
+    ) -> None:
+        """See Cluster. Of grace periods only 0 and the object's own are known here."""
         meta = self._stored(kind, namespace, name)["metadata"]
         if uid not in (None, meta["uid"]):
             raise ConflictError(f"{kind.plural} {name} has another UID", 409)
-        self.remove(kind, name, namespace)
+        if grace_seconds == 0:
+            self.vanish(kind, name, namespace)
+        else:
+            self.remove(kind, name, namespace)
         self._wrote(f"delete {kind.plural}/{name}")
 
     def _patched(self, kind: Kind, namespace: str, name: str, patch: Body, *, status: bool) -> Body:
@@ -239,14 +250,18 @@ def job_body(**spec: Any) -> Body:
 
 
 class SilentWorkers:
-    """Workers that answer what the test put into ``reports``, by pod name."""
+    """Workers that answer what the test put into ``reports``, and are silent as ``silent`` says."""
 
     def __init__(self) -> None:
         self.reports: dict[str, WorkerStatus] = {}
+        self.silent: dict[str, float] = {}
 
-    async def ask(self, pods: Iterable[Pod]) -> Mapping[str, WorkerStatus]:
+    async def ask(self, pods: Iterable[Pod]) -> Answers:
         """See Workers."""
-        return {pod.name: self.reports[pod.name] for pod in pods if pod.name in self.reports}
+        asked = {pod.name for pod in pods}
+        silent = {name: self.silent[name] for name in asked & self.silent.keys()}
+        answered = (asked - silent.keys()) & self.reports.keys()
+        return Answers({name: self.reports[name] for name in answered}, silent)
 
 
 class Bench:

@@ -93,7 +93,8 @@ class FakeServer:
                     body = await self.cluster.create(kind, space, sent)
                 elif request.method == "DELETE":
                     wanted = sent.get("preconditions", {}).get("uid")
-                    await self.cluster.delete(kind, space, name, wanted)
+                    grace = sent.get("gracePeriodSeconds")
+                    await self.cluster.delete(kind, space, name, wanted, grace)
                     body = {}
                 elif request.path.endswith("/status"):
                     body = await self.cluster.patch_status(kind, space, name, sent)

@@ -1,17 +1,19 @@
 """Asking workers: what they say, and that nothing they do is an error."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from pretrain_api.wire import Phase, WorkerStatus
 from pretrain_operator import workers
 from pretrain_operator.observe import Pod
-from pretrain_operator.workers import HttpWorkers
+from pretrain_operator.workers import Answers, HttpWorkers, Silence, is_silence
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -42,39 +44,89 @@ async def test_a_worker_is_understood_and_silent_ones_are_left_out() -> None:
 
     async with worker(answer) as port, HttpWorkers(port) as asker:
         over, nowhere = pod("over", phase="Failed"), pod("nowhere", ip=None)
-        assert await asker.ask([pod(), over, nowhere]) == {"a-0-1": status}
+        assert await asker.ask([pod(), over, nowhere]) == Answers({"a-0-1": status}, {})
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", '{"phase": "dancing"}', "x" * 10**6])
-async def test_nonsense_is_no_answer(text: str) -> None:
+async def test_nonsense_is_no_report_and_no_silence(text: str) -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text=text)
 
     async with worker(answer) as port, HttpWorkers(port) as asker:
-        assert await asker.ask([pod()]) == {}
+        assert await asker.ask([pod()]) == Answers()
 
 
-async def test_errors_and_refused_connections_are_no_answer() -> None:
+async def test_errors_and_refused_connections_are_no_report_and_no_silence() -> None:
     async def answer(_: web.Request) -> web.Response:
         raise web.HTTPServiceUnavailable
 
     async with worker(answer) as port, HttpWorkers(port) as asker:
-        assert await asker.ask([pod()]) == {}
+        assert await asker.ask([pod()]) == Answers()
     async with HttpWorkers(port) as asker:
-        assert await asker.ask([pod()]) == {}
+        assert await asker.ask([pod()]) == Answers()
 
 
-async def test_a_worker_that_hangs_costs_no_more_than_the_limit(
+async def test_a_worker_that_hangs_costs_no_more_than_the_limit_and_is_silent_until_it_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workers, "TIMEOUT_SECONDS", 0.1)
+    thawed, now = asyncio.Event(), 100.0
 
     async def answer(_: web.Request) -> web.Response:
-        await asyncio.sleep(30)
-        return web.Response()
+        await thawed.wait()
+        return web.Response(text=WorkerStatus().to_json())
 
-    async with worker(answer) as port, HttpWorkers(port) as asker, asyncio.timeout(10):
-        assert await asker.ask([pod(), pod("b")]) == {}
+    async with (
+        worker(answer) as port,
+        HttpWorkers(port, clock=lambda: now) as asker,
+        asyncio.timeout(10),
+    ):
+        assert await asker.ask([pod(), pod("b")]) == Answers({}, {"a-0-1": 0.0, "b": 0.0})
+        now += 7
+        assert await asker.ask([pod()]) == Answers({}, {"a-0-1": 7.0})
+        thawed.set()
+        assert await asker.ask([pod()]) == Answers({"a-0-1": WorkerStatus()}, {})
+        thawed.clear()
+        assert (await asker.ask([pod()])).silent == {"a-0-1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("error", "silence"),
+    [
+        (TimeoutError(), True),
+        (aiohttp.ServerTimeoutError(), True),
+        (OSError(errno.EHOSTUNREACH, "no route to host"), True),
+        (aiohttp.ClientOSError(errno.ENETUNREACH, "network is unreachable"), True),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), False),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), False),
+        (aiohttp.ServerDisconnectedError(), False),
+        (aiohttp.ClientPayloadError(), False),
+    ],
+)
+def test_only_what_nobody_sent_is_silence(error: Exception, silence: bool) -> None:
+    assert is_silence(error) is silence
+
+
+def test_silence_is_counted_by_pod_and_only_while_it_is_asked_about() -> None:
+    now = 0.0
+    silence = Silence(lambda: now)
+    assert silence.missed("a") == 0
+    now = 12.0
+    assert (silence.missed("a"), silence.missed("b")) == (12, 0)
+    now += workers.FORGET_SECONDS + 1  # nobody asked: what was in between is not known
+    assert silence.missed("a") == 0
+    silence.forget_old()
+    assert len(silence) == 1  # b is gone
+    silence.heard("a")
+    assert len(silence) == 0
+
+
+def test_later_answers_win_over_earlier_ones() -> None:
+    first = Answers({"a": WorkerStatus(step=1)}, {"b": 3.0, "c": 1.0})
+    later = Answers({"b": WorkerStatus(step=2)}, {"c": 2.0})
+    assert first | later == Answers(
+        {"a": WorkerStatus(step=1), "b": WorkerStatus(step=2)}, {"c": 2.0}
+    )
 
 
 async def test_an_answer_in_pieces_is_read_to_its_end() -> None:
@@ -93,7 +145,7 @@ async def test_an_answer_in_pieces_is_read_to_its_end() -> None:
     async with worker(answer) as port, HttpWorkers(port) as asker:
         asked = asyncio.create_task(asker.ask([pod()]))
         asyncio.get_running_loop().call_later(0.1, first_read.set)
-        assert await asked == {"a-0-1": status}
+        assert await asked == Answers({"a-0-1": status}, {})
 
 
 async def test_a_redirect_is_not_followed() -> None:
@@ -106,5 +158,5 @@ async def test_a_redirect_is_not_followed() -> None:
         return web.Response(text=WorkerStatus().to_json())
 
     async with worker(answer) as port, HttpWorkers(port) as asker:
-        assert await asker.ask([pod()]) == {}
+        assert await asker.ask([pod()]) == Answers()
     assert asked == ["/status"]
