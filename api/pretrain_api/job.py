@@ -14,7 +14,7 @@ from pydantic.alias_generators import to_camel
 from pretrain_api import names
 from pretrain_api.config import RunConfig, Sections
 from pretrain_api.job_rules import SPEC_RULES, SPEC_TRANSITIONS
-from pretrain_api.mesh import batch_plan
+from pretrain_api.mesh import batch_plan, legal_replicas, resized
 from pretrain_api.pod import DNS_LABEL, DnsName, PodTemplate, Quantity, Resources, one_of
 from pretrain_api.schema import (
     LEAVES,
@@ -50,11 +50,12 @@ class Workers(Section):
     """The pods that train. Each runs processesPerWorker ranks."""
 
     replicas: Annotated[int, Field(ge=1, le=4096, json_schema_extra=_default(1))] = 1
-    """Number of workers."""
+    """Number of workers. May change while the job runs if maxReplicas is set."""
     min_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Fewest workers to train with. Unset is replicas."""
+    """Fewest workers to train with while nodes for the others are missing. Unset waits for all."""
     max_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Most workers to train with. Unset is replicas."""
+    """Most workers replicas may ever ask for. Batch size and data streams are those of this size,
+    whatever the size is now. Unset is replicas, which then never changes."""
     processes_per_worker: Annotated[int, Field(ge=1, le=256, json_schema_extra=_default(1))] = 1
     """Ranks in each worker; one per GPU where there are GPUs."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)] | None = None
@@ -65,14 +66,17 @@ class Workers(Section):
     """Scheduling, environment and further volumes."""
 
     rules: ClassVar = (
-        *(
-            Rule(
-                path=path,
-                cel=f"!has(self.{to_camel(path)}) || self.{to_camel(path)} == self.replicas",
-                message="a size that varies is not supported yet; leave it unset",
-                holds=lambda w, path=path: getattr(w, path) in (None, w.replicas),
-            )
-            for path in ("min_replicas", "max_replicas")
+        Rule(
+            path="min_replicas",
+            cel="!has(self.minReplicas) || self.minReplicas <= self.replicas",
+            message="must not be more than replicas",
+            holds=lambda w: w.min_replicas is None or w.min_replicas <= w.replicas,
+        ),
+        Rule(
+            path="max_replicas",
+            cel="!has(self.maxReplicas) || self.maxReplicas >= self.replicas",
+            message="must not be less than replicas",
+            holds=lambda w: w.max_replicas is None or w.max_replicas >= w.replicas,
         ),
         Rule(
             path="processes_per_worker",
@@ -90,6 +94,11 @@ class Workers(Section):
     def max_size(self) -> int:
         """The most workers there can be."""
         return self.max_replicas or self.replicas
+
+    @property
+    def min_size(self) -> int:
+        """The fewest workers that train while nodes for the others are missing."""
+        return self.min_replicas or self.replicas
 
 
 class ClaimTemplate(Section):
@@ -178,6 +187,9 @@ class Recovery(Section):
     restart doesn't wait."""
     max_backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 300
     """Longest wait before a restart."""
+    grow_snooze_seconds: Annotated[int, Field(ge=0, le=86_400)] = 60
+    """How long a job that trains with fewer workers than it should stays as it is before it seeks
+    nodes for the others; doubles with every attempt that fails."""
     hang: Hang = Hang()
     """When ranks that give no sign of life are started again."""
 
@@ -211,7 +223,10 @@ class JobSpec(Sections):
     active_deadline_seconds: Positive | None = None
     """Seconds since startTime after which the job fails."""
     scheduling_timeout_seconds: Positive | None = None
-    """Seconds pods may wait for a node before the job fails."""
+    """Seconds the workers may wait for nodes. Those that have one are then released with the rest,
+    so that two jobs don't block each other, and all are tried again later, after 30 s at first and
+    10 minutes at last. With minReplicas the job starts smaller before that. Unset waits for ever.
+    Time a queue holds them back doesn't count."""
     ttl_seconds_after_finished: NonNegative | None = None
     """Seconds after which a finished job is deleted. Unset keeps it."""
 
@@ -222,6 +237,11 @@ class JobSpec(Sections):
     def world_size(self) -> int:
         """Ranks at the largest size."""
         return self.workers.max_size * self.workers.processes_per_worker
+
+    @property
+    def legal_replicas(self) -> tuple[int, ...]:
+        """All numbers of workers that could train it, ascending; empty if the largest can't."""
+        return legal_replicas(self, self.workers.processes_per_worker, self.workers.max_size)
 
 
 class ObjectMeta(BaseModel):
@@ -268,11 +288,10 @@ class PretrainJob(BaseModel):
         ``sample_dir`` holds the tokenizer used if the job names none.
         """
         plan = batch_plan(self.spec, self.spec.world_size)
-        frozen = {"global_batch_size": plan.global_batch_size, "data_streams": plan.streams}
         sections: dict[str, Any] = {
             name: getattr(self.spec, name) for name in Sections.model_fields
         }
-        sections["training"] = self.spec.training.model_copy(update=frozen)
+        sections["training"] = resized(self.spec.training, plan)
         sections["job"] = self.spec.job.model_copy(update={"dump_folder": output_dir})
         if "hf_assets_path" not in self.spec.model.model_fields_set:
             tokenizer = {"hf_assets_path": f"{sample_dir}/tokenizer"}

@@ -1,7 +1,8 @@
 """Rules over the whole spec of a PretrainJob: arithmetic, volumes, and what may change.
 
 The arithmetic lives in :mod:`pretrain_api.mesh`. Here each of its sentences is tied to the CEL that
-refuses the same specs at the API server.
+refuses the same specs at the API server. Degrees, batch and streams are judged at the largest size,
+maxReplicas; then the other sizes the spec names must come out even with that very batch.
 """
 
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from pretrain_api import mesh
 from pretrain_api.schema import Rule, Transition, aliases, optional, or_else
 
-_WORLD = "(self.workers.replicas * self.workers.processesPerWorker)"
+_LARGEST = or_else("workers.max_replicas", "self.workers.replicas")
+_WORLD = f"({_LARGEST} * self.workers.processesPerWorker)"
 _REPLICATE = or_else("parallelism.data_parallel_replicate_degree", "1")
 _SHARD = or_else("parallelism.data_parallel_shard_degree", "-1")
 _RESHARD = optional("parallelism.fsdp_reshard_after_forward")
@@ -25,6 +27,7 @@ _MODES = optional("volumes.checkpoint.claim_template.access_modes")
 _REPLICATE_FITS = f"{_WORLD} % {_REPLICATE} == 0"
 _BATCH = f"({_GLOBAL} == -1 ? {_LOCAL} * {_WORLD} : {_GLOBAL})"
 _BATCH_FITS = f"{_BATCH} % ({_LOCAL} * {_WORLD}) == 0"
+_WORKERS = "workers (maxReplicas or replicas) x processesPerWorker"
 
 
 def _mesh_error(spec: Any) -> mesh.MeshError | None:
@@ -49,6 +52,44 @@ def _mesh_rule(path: str, cel: str, message: str) -> Rule:
     return Rule(path=path, cel=cel, message=message, holds=holds, explain=explain)
 
 
+def _size_rule(field: str) -> Rule:
+    """A number of workers besides the largest must come out even with the same batch."""
+    here, size = optional(f"workers.{field}")
+    world = f"({size} * self.workers.processesPerWorker)"
+    even = (
+        f"{world} % {_REPLICATE} == 0",
+        f"({_SHARD} in [-1, 0] || {_SHARD} * {_REPLICATE} == {world})",
+        f"(!{_RESHARD[0]} || type({_RESHARD[1]}) != int || "
+        f"({world} / {_REPLICATE}) % {_RESHARD[1]} == 0)",
+        f"({_GLOBAL} == 0 || {_BATCH} % ({_LOCAL} * {world}) == 0)",
+        f"(!{_STREAMS[0]} || {_STREAMS[1]} % {world} == 0)",
+    )
+
+    def holds(spec: Any) -> bool:
+        size = getattr(spec.workers, field)
+        if size in (None, spec.workers.max_size):
+            return True
+        # A batch that doesn't come out even at the largest size is blamed above.
+        return not spec.legal_replicas or size in spec.legal_replicas
+
+    def explain(spec: Any) -> str:
+        size = getattr(spec.workers, field)
+        workers = "1 worker" if size == 1 else f"{size} workers"
+        return (
+            f"{workers} can't share the batch and the degrees of {spec.workers.max_size}; "
+            f"use one of {mesh.nearest(spec.legal_replicas, size)}"
+        )
+
+    return Rule(
+        path=f"workers.{field}",
+        cel=f"!{here} || ({' && '.join(even)})",
+        message="is a size at which the degrees, or the batch and the streams of the largest size, "
+        "don't come out even",
+        holds=holds,
+        explain=explain,
+    )
+
+
 def _volume_is_shared(spec: Any) -> bool:
     """Whether the checkpoint volume can be mounted by all workers."""
     volume = spec.volumes.checkpoint
@@ -61,13 +102,12 @@ MESH_RULES = (
     _mesh_rule(
         "parallelism.data_parallel_replicate_degree",
         _REPLICATE_FITS,
-        "must divide the number of ranks, workers.replicas x workers.processesPerWorker",
+        f"must divide the number of ranks, {_WORKERS}",
     ),
     _mesh_rule(
         "parallelism.data_parallel_shard_degree",
         f"!({_REPLICATE_FITS}) || {_SHARD} in [-1, 0] || {_SHARD} * {_REPLICATE} == {_WORLD}",
-        "must be -1, or times dataParallelReplicateDegree be the number of ranks, "
-        "workers.replicas x workers.processesPerWorker",
+        f"must be -1, or times dataParallelReplicateDegree be the number of ranks, {_WORKERS}",
     ),
     _mesh_rule(
         "parallelism.fsdp_reshard_after_forward",
@@ -78,8 +118,7 @@ MESH_RULES = (
     _mesh_rule(
         "training.global_batch_size",
         f"{_GLOBAL} == 0 || {_BATCH_FITS}",
-        "must be -1 or a multiple of localBatchSize x the number of ranks, "
-        "workers.replicas x workers.processesPerWorker",
+        f"must be -1 or a multiple of localBatchSize x the number of ranks, {_WORKERS}",
     ),
     _mesh_rule(
         "training.data_streams",
@@ -91,10 +130,12 @@ MESH_RULES = (
 
 SPEC_RULES = (
     *MESH_RULES,
+    _size_rule("replicas"),
+    _size_rule("min_replicas"),
     Rule(
         path="checkpoint.create_seed_checkpoint",
         cel=f"!{_SEED} || {_WORLD} == 1",
-        message="needs exactly one process: workers.replicas 1 and workers.processesPerWorker 1",
+        message="needs exactly one process: 1 worker and workers.processesPerWorker 1",
         holds=lambda spec: not spec.checkpoint.create_seed_checkpoint or spec.world_size == 1,
     ),
     Rule(
@@ -106,7 +147,7 @@ SPEC_RULES = (
     ),
     Rule(
         path="volumes.checkpoint.claim_template.access_modes",
-        cel=f"!{_MODES[0]} || {_MODES[1]}.size() == 0 || self.workers.replicas == 1 || "
+        cel=f"!{_MODES[0]} || {_MODES[1]}.size() == 0 || {_LARGEST} == 1 || "
         f"'ReadWriteMany' in {_MODES[1]}",
         message="several workers write to the volume; add ReadWriteMany or use 1 worker with more "
         "processes",
@@ -166,9 +207,17 @@ SPEC_TRANSITIONS = (
         "self.workers.processesPerWorker == oldSelf.workers.processesPerWorker",
         "workers.processesPerWorker never changes; create a new job",
     ),
+    *(
+        Transition(
+            _same(f"workers.{field}"),
+            f"workers.{aliases(field)[0]} never changes; create a new job",
+        )
+        for field in ("min_replicas", "max_replicas")
+    ),
     Transition(
-        "self.workers.replicas == oldSelf.workers.replicas",
-        "workers.replicas can't change yet; create a new job of another size",
+        "self.workers.replicas == oldSelf.workers.replicas || has(oldSelf.workers.maxReplicas)",
+        "workers.replicas changes only if workers.maxReplicas is set, which fixes the batch; "
+        "create a new job with it",
     ),
     Transition(_same("managed_by"), "managedBy never changes; create a new job"),
 )

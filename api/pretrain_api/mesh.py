@@ -7,7 +7,7 @@ with a sentence that names the key and the values that would do.
 """
 
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 
 from pretrain_api.config import Parallelism, Sections, Training
 
@@ -123,6 +123,40 @@ def split_batch(training: Training, dp: int) -> BatchPlan:
     )
 
 
+def resized(training: Training, batch: BatchPlan) -> Training:
+    """``training`` with batch size and streams fixed to those of ``batch``, for any other world."""
+    return training.model_copy(
+        update={"global_batch_size": batch.global_batch_size, "data_streams": batch.streams}
+    )
+
+
+def legal_replicas(config: Sections, processes: int, largest: int) -> tuple[int, ...]:
+    """Numbers of workers, ascending, that can train ``config`` as ``largest`` workers would.
+
+    Each worker has ``processes`` ranks. Batch size and streams are those of the largest size, so a
+    smaller one is legal if they come out even there too, with more accumulation. Empty if the
+    largest isn't legal itself.
+    """
+
+    def legal(training: Training, workers: int) -> BatchPlan | None:
+        try:
+            return split_batch(training, resolve(config.parallelism, workers * processes).dp)
+        except MeshError:
+            return None
+
+    full = legal(config.training, largest)
+    if full is None:
+        return ()
+    fixed = resized(config.training, full)
+    return tuple(workers for workers in range(1, largest + 1) if legal(fixed, workers))
+
+
+def nearest(numbers: tuple[int, ...], near: int) -> str:
+    """At most eight of the numbers, those nearest, in order and with commas."""
+    chosen = sorted(sorted(numbers, key=lambda n: abs(n - near))[:8])
+    return ", ".join(map(str, chosen))
+
+
 def _fits(fixed: dict[str, int], world_size: int) -> None:
     """The degrees other than sharding must divide the world; blame the first that doesn't."""
     left = world_size
@@ -130,7 +164,8 @@ def _fits(fixed: dict[str, int], world_size: int) -> None:
         if left % degree:
             raise MeshError(
                 f"parallelism.{key}",
-                f"{degree} doesn't divide {_ranks(left)}; use one of {_divisors(left)}",
+                f"{degree} doesn't divide {_ranks(left)}; "
+                f"use one of {nearest(_divisors(left), left)}",
             )
         left //= degree
 
@@ -140,7 +175,8 @@ def _reshard_fits(parallelism: Parallelism, shard: int) -> None:
     if isinstance(size, int) and shard % size:
         raise MeshError(
             "parallelism.fsdp_reshard_after_forward",
-            f"{size} doesn't divide the sharding degree {shard}; use one of {_divisors(shard)}",
+            f"{size} doesn't divide the sharding degree {shard}; "
+            f"use one of {nearest(_divisors(shard), shard)}",
         )
 
 
@@ -148,23 +184,18 @@ def _streams(wanted: int | None, global_batch_size: int, dp: int) -> int:
     if wanted is None:
         return global_batch_size
     if global_batch_size % wanted or wanted % dp:
-        legal = [n for n in range(dp, global_batch_size + 1, dp) if global_batch_size % n == 0]
+        legal = tuple(n for n in _divisors(global_batch_size) if n % dp == 0)
         raise MeshError(
             "training.data_streams",
             f"{wanted} must divide the global batch size {global_batch_size} and be a multiple of "
-            f"the data-parallel degree {dp}; use one of {_some(legal, wanted)}",
+            f"the data-parallel degree {dp}; use one of {nearest(legal, wanted)}",
         )
     return wanted
 
 
-def _divisors(number: int) -> str:
-    return _some([n for n in range(1, number + 1) if number % n == 0], number)
-
-
-def _some(numbers: list[int], near: int) -> str:
-    """At most eight of the numbers, those nearest, in order."""
-    chosen = sorted(sorted(numbers, key=lambda n: abs(n - near))[:8])
-    return ", ".join(map(str, chosen))
+def _divisors(number: int) -> tuple[int, ...]:
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return tuple(sorted({*small, *(number // n for n in small)}))
 
 
 def _nearest_multiples(number: int, step: int) -> str:

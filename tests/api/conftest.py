@@ -61,8 +61,8 @@ VALUES: dict[str, list[Any]] = {
     "quantize.linear.float8.recipeName": ["rowwise", "colwise"],
     "comm.traceBufSize": [0, 1],
     "workers.replicas": [1, 2, 4, 3, 0, 4096, 4097],
-    "workers.minReplicas": [1, 2],
-    "workers.maxReplicas": [1, 4],
+    "workers.minReplicas": [1, 2, 3, 0],
+    "workers.maxReplicas": [1, 4, 6, 4097],
     "workers.processesPerWorker": [1, 2, 8, 0],
     "workers.image": ["registry.example/trainer:1", ""],
     "workers.resources.limits": [
@@ -145,6 +145,7 @@ VALUES: dict[str, list[Any]] = {
     "recovery.maxRestarts": [0, -1],
     "recovery.backoffSeconds": [0, 10, 400],
     "recovery.maxBackoffSeconds": [5, 300],
+    "recovery.growSnoozeSeconds": [0, 60, -1],
     "suspend": [True, False, "yes"],
     "managedBy": ["kueue.x-k8s.io/multikueue", "me"],
     "activeDeadlineSeconds": [1, 0],

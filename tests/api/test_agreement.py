@@ -56,6 +56,8 @@ def test_values_together(
 
 ARITHMETIC = {
     "workers.replicas": st.integers(1, 6),
+    "workers.minReplicas": st.integers(1, 4),
+    "workers.maxReplicas": st.integers(1, 12),
     "workers.processesPerWorker": st.integers(1, 4),
     "training.localBatchSize": st.integers(1, 4),
     "training.globalBatchSize": st.one_of(st.just(-1), st.integers(1, 48)),
@@ -86,28 +88,37 @@ def other_definition() -> dict[str, Any]:
     return definition
 
 
-def refusal(server: str, spec: dict[str, Any]) -> str | None:
-    """What a real API server says against a spec; nothing is stored."""
-    path = f"apis/{OTHER_GROUP}/{names.VERSION}/namespaces/default/{names.PLURAL}"
-    job = {
-        "apiVersion": f"{OTHER_GROUP}/{names.VERSION}",
-        "kind": names.KIND,
-        "metadata": {"name": "job"},
-        "spec": spec,
-    }
-    request = Request(
-        f"{server}/{path}?dryRun=All&fieldValidation=Strict",
-        data=json.dumps(job).encode(),
-        headers={"Content-Type": "application/json"},
-    )
+JOBS = f"apis/{OTHER_GROUP}/{names.VERSION}/namespaces/default/{names.PLURAL}"
+
+
+def send(method: str, address: str, body: dict[str, Any] | None = None) -> str | None:
+    """Send JSON to a real API server; what it says against it, or None."""
+    kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+    data = None if body is None else json.dumps(body).encode()
+    request = Request(address, data=data, headers={"Content-Type": kind}, method=method)
     try:
         with urlopen(request, timeout=30) as answer:
-            assert answer.status == HTTPStatus.CREATED
+            assert answer.status in (HTTPStatus.OK, HTTPStatus.CREATED)
     except HTTPError as error:
         if error.code not in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
             raise
         return json.load(error)["message"]
     return None
+
+
+def as_job(spec: dict[str, Any]) -> dict[str, Any]:
+    """The whole object."""
+    return {
+        "apiVersion": f"{OTHER_GROUP}/{names.VERSION}",
+        "kind": names.KIND,
+        "metadata": {"name": "job"},
+        "spec": spec,
+    }
+
+
+def refusal(server: str, spec: dict[str, Any]) -> str | None:
+    """What a real API server says against a spec; nothing is stored."""
+    return send("POST", f"{server}/{JOBS}?dryRun=All&fieldValidation=Strict", as_job(spec))
 
 
 @contextmanager
@@ -151,4 +162,44 @@ def check_agreement(server: str, specs: list[dict[str, Any]], stand_in: Any) -> 
 
 @pytest.mark.cluster
 def test_a_real_api_server_agrees(server: str, specs: Any, stand_in: Any) -> None:
-    check_agreement(server, specs(300, 7), stand_in)
+    check_agreement(server, [*specs(300, 7), *sizes()], stand_in)
+
+
+def sizes() -> list[dict[str, Any]]:
+    """Specs of every size, legal and not, in a world of up to six workers."""
+    bounds = [
+        {"replicas": replicas, "minReplicas": least, "maxReplicas": most}
+        for replicas in (1, 2, 4, 6)
+        for least in (1, 2, 3)
+        for most in (4, 6)
+    ]
+    training = {"dataset": "c4", "localBatchSize": 1, "globalBatchSize": 12, "dataStreams": 12}
+    return [{"training": training, "workers": workers} for workers in bounds]
+
+
+@pytest.fixture
+def stored(server: str) -> Iterator[str]:
+    """Address of a job that may have one to four workers and has two."""
+    workers = {"replicas": 2, "minReplicas": 1, "maxReplicas": 4}
+    spec = {"training": {"dataset": "c4"}, "workers": workers, "managedBy": "example.com/nobody"}
+    assert send("POST", f"{server}/{JOBS}", as_job(spec)) is None
+    yield f"{server}/{JOBS}/job"
+    send("DELETE", f"{server}/{JOBS}/job")
+
+
+@pytest.mark.cluster
+def test_kubectl_scale_goes_by_the_same_rules(stored: str) -> None:
+    def scale(replicas: int) -> str | None:
+        return send("PATCH", f"{stored}/scale", {"spec": {"replicas": replicas}})
+
+    def edit(**workers: int) -> str | None:
+        return send("PATCH", stored, {"spec": {"workers": workers}})
+
+    assert scale(4) is None
+    assert scale(1) is None
+    assert "don't come out even" in (scale(3) or "")
+    assert "maxReplicas: Invalid value" in (scale(5) or "")
+    assert "should be greater than or equal to 1" in (scale(0) or "")
+    assert "workers.maxReplicas never changes" in (edit(maxReplicas=8) or "")
+    assert "don't come out even" in (edit(replicas=3) or "")
+    assert edit(replicas=2) is None

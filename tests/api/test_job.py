@@ -113,7 +113,7 @@ def test_twenty_lines_are_enough() -> None:
                 checkpoint={"enable": True, "createSeedCheckpoint": True},
                 volumes=VOLUME,
             ),
-            "checkpoint.createSeedCheckpoint: needs exactly one process: workers.replicas 1 and "
+            "checkpoint.createSeedCheckpoint: needs exactly one process: 1 worker and "
             "workers.processesPerWorker 1",
         ),
         # keys that only make sense elsewhere
@@ -124,12 +124,42 @@ def test_twenty_lines_are_enough() -> None:
         ),
         # workers
         (
-            workers(replicas=2, maxReplicas=4),
-            "workers.maxReplicas: a size that varies is not supported yet; leave it unset",
+            workers(replicas=2, minReplicas=4),
+            "workers.minReplicas: must not be more than replicas",
         ),
         (
-            workers(replicas=2, minReplicas=1),
-            "workers.minReplicas: a size that varies is not supported yet; leave it unset",
+            workers(replicas=4, maxReplicas=2),
+            "workers.maxReplicas: must not be less than replicas",
+        ),
+        (
+            workers(replicas=5, maxReplicas=12),
+            "workers.replicas: 5 workers can't share the batch and the degrees of 12; use one of "
+            "1, 2, 3, 4, 6, 12",
+        ),
+        (
+            workers(replicas=4, minReplicas=3),
+            "workers.minReplicas: 3 workers can't share the batch and the degrees of 4; use one of "
+            "1, 2, 4",
+        ),
+        (
+            spec(
+                workers={"replicas": 4, "minReplicas": 1},
+                parallelism={"dataParallelReplicateDegree": 2},
+            ),
+            "workers.minReplicas: 1 worker can't share the batch and the degrees of 4; use one of "
+            "2, 4",
+        ),
+        (
+            spec(
+                workers={"replicas": 1, "maxReplicas": 2},
+                volumes={
+                    "checkpoint": {
+                        "claimTemplate": {"storage": "1Gi", "accessModes": ["ReadWriteOnce"]}
+                    }
+                },
+            ),
+            "volumes.checkpoint.claimTemplate.accessModes: several workers write to the volume; "
+            "add ReadWriteMany or use 1 worker with more processes",
         ),
         *(
             (
@@ -307,6 +337,7 @@ def test_impossible_values_are_refused(data: dict[str, Any]) -> None:
         pod(volumes=[{"name": "d", "downwardAPI": {"items": []}}]),
         workers(processesPerWorker=8, resources={"limits": {"nvidia.com/gpu": 8, "cpu": "1.5"}}),
         workers(replicas=2, minReplicas=2, maxReplicas=2),
+        workers(replicas=2, minReplicas=1, maxReplicas=4),
         spec(managedBy="kueue.x-k8s.io/multikueue"),
         volume(claimName="shared", subPath="team/run-1"),
     ],
@@ -342,6 +373,18 @@ def test_batch_and_streams_are_fixed_at_the_full_size() -> None:
     config = job(workers={"replicas": 4}, training={"localBatchSize": 2}).run_config()
     assert config.training.global_batch_size == 8
     assert config.training.data_streams == 8
+
+
+def test_batch_and_streams_do_not_depend_on_the_present_size() -> None:
+    configs = [
+        job(
+            workers={"replicas": replicas, "minReplicas": 1, "maxReplicas": 8},
+            training={"localBatchSize": 2},
+        ).run_config()
+        for replicas in (1, 4, 8)
+    ]
+    assert configs[0] == configs[1] == configs[2]
+    assert configs[0].training.global_batch_size == 16
 
 
 def test_status_of_another_release_is_read() -> None:

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_api.config import RunConfig
-from pretrain_api.mesh import BatchPlan, Degrees, MeshError, batch_plan, resolve
+from pretrain_api.mesh import (
+    BatchPlan,
+    Degrees,
+    MeshError,
+    batch_plan,
+    legal_replicas,
+    resized,
+    resolve,
+)
 
 
 def run(parallelism: dict[str, Any] | None = None, **training: Any) -> RunConfig:
@@ -169,3 +177,60 @@ def test_streams_are_whole_on_every_rank(total: int, streams: int, world: int) -
     else:
         assert plan.global_batch_size % plan.streams == 0
         assert plan.streams % plan.dp_degree == 0
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "training", "processes", "largest", "expected"),
+    [
+        ({}, {"local_batch_size": 1}, 1, 6, (1, 2, 3, 6)),
+        ({}, {"local_batch_size": 1}, 4, 6, (1, 2, 3, 6)),
+        # The batch has room for sizes that don't divide the largest.
+        ({}, {"local_batch_size": 1, "global_batch_size": 24}, 1, 6, (1, 2, 3, 4, 6)),
+        ({}, {"local_batch_size": 1, "data_streams": 4, "global_batch_size": 8}, 1, 4, (1, 2, 4)),
+        ({"data_parallel_replicate_degree": 2}, {}, 1, 8, (2, 4, 8)),
+        ({"data_parallel_replicate_degree": 2}, {}, 2, 8, (1, 2, 4, 8)),
+        ({"data_parallel_shard_degree": 4}, {}, 1, 4, (4,)),
+        ({"fsdp_reshard_after_forward": 2}, {}, 1, 4, (2, 4)),
+        ({}, {"global_batch_size": 7}, 1, 4, ()),
+    ],
+)
+def test_legal_replicas(
+    parallelism: dict[str, Any],
+    training: dict[str, Any],
+    processes: int,
+    largest: int,
+    expected: tuple[int, ...],
+) -> None:
+    assert legal_replicas(run(parallelism, **training), processes, largest) == expected
+
+
+@given(
+    local=st.integers(1, 4),
+    passes=st.integers(1, 6),
+    replicate=st.integers(1, 3),
+    processes=st.integers(1, 4),
+    largest=st.integers(1, 12),
+)
+def test_a_legal_size_trains_the_same_batch_and_no_other_does(
+    local: int, passes: int, replicate: int, processes: int, largest: int
+) -> None:
+    total = local * passes * largest * processes
+    config = run(
+        {"data_parallel_replicate_degree": replicate},
+        local_batch_size=local,
+        global_batch_size=total,
+    )
+    legal = legal_replicas(config, processes, largest)
+    if not legal:
+        assert largest * processes % replicate
+        return
+    full = batch_plan(config, largest * processes)
+    fixed = config.model_copy(update={"training": resized(config.training, full)})
+    for size in range(1, largest + 1):
+        try:
+            plan = batch_plan(fixed, size * processes)
+        except MeshError:
+            assert size not in legal
+        else:
+            assert size in legal
+            assert (plan.global_batch_size, plan.streams) == (total, full.streams)

@@ -31,6 +31,7 @@ def changed(path: str, value: Any, **more: Any) -> dict[str, Any]:
         ("suspend", True),
         ("recovery", {"maxRestarts": 3}),
         ("activeDeadlineSeconds", 60),
+        ("recovery", {"growSnoozeSeconds": 0}),
         ("schedulingTimeoutSeconds", 60),
         ("ttlSecondsAfterFinished", 0),
         ("volumes.checkpoint.retention", "Delete"),
@@ -60,6 +61,8 @@ def test_lifetime_and_recovery_change_at_any_time(stand_in: Any, path: str, valu
         ("volumes.checkpoint.subPath", "other", "volumes.checkpoint.subPath"),
         ("workers.processesPerWorker", 2, "workers.processesPerWorker"),
         ("workers.replicas", 4, "workers.replicas"),
+        ("workers.minReplicas", 1, "workers.minReplicas"),
+        ("workers.maxReplicas", 4, "workers.maxReplicas"),
         ("managedBy", "kueue.x-k8s.io/multikueue", "managedBy"),
     ],
 )
@@ -92,6 +95,29 @@ def test_scheduling_changes_only_while_suspended(stand_in: Any, path: str, value
     assert stand_in.update_errors(suspended, changed(path, value, suspend=True)) == []
     # Queues resume a job and say where it runs in one update.
     assert stand_in.update_errors(suspended, changed(path, value)) == []
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+def test_replicas_change_at_any_time_within_max_replicas(stand_in: Any, suspend: bool) -> None:
+    workers = BASE["workers"] | {"minReplicas": 2, "maxReplicas": 8}
+    before = BASE | {"suspend": suspend, "workers": workers | {"replicas": 4}}
+    assert stand_in.errors(before) == []
+    for size, refused in ((2, False), (8, False), (1, True), (16, True), (3, True)):
+        after = before | {"workers": workers | {"replicas": size}}
+        assert stand_in.update_errors(before, after) == []
+        assert bool(stand_in.errors(after)) is refused, size
+
+
+def test_bounds_stay_while_replicas_change(stand_in: Any) -> None:
+    before = changed("workers.maxReplicas", 4)
+    for bounds, name in (
+        ({"maxReplicas": 8}, "maxReplicas"),
+        ({}, "maxReplicas"),
+        ({"maxReplicas": 4, "minReplicas": 1}, "minReplicas"),
+    ):
+        workers = BASE["workers"] | bounds
+        (message,) = stand_in.update_errors(before, BASE | {"workers": workers})
+        assert message == f"workers.{name} never changes; create a new job"
 
 
 def test_nothing_changed_is_nothing_refused(stand_in: Any) -> None:
