@@ -25,10 +25,11 @@ from pretrain_operator.cluster import (
     NotFoundError,
     RefusedError,
 )
+from pretrain_operator.judges.base import RECHECK_SECONDS
 from pretrain_operator.merge import merge_patch
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.observe import Observation, belongs, label_of
-from pretrain_operator.plan import CONTROLLER, RECHECK_SECONDS
+from pretrain_operator.plan import CONTROLLER
 from pretrain_operator.report import unless_said
 from pretrain_operator.status import condition_of, is_finished, mark, view
 

@@ -50,7 +50,7 @@ def retain(seen: Observation) -> tuple[Action, ...]:
 
 
 def create_pods(seen: Observation, job: PretrainJob) -> list[Action]:
-    """Pods of members that have none, once the wait after a failure is over."""
+    """Pods of members and candidates that have none, once the wait after a failure is over."""
     assignment = seen.status.assignment
     if assignment and assignment.not_before and seen.now < assignment.not_before:
         return []
@@ -60,13 +60,13 @@ def create_pods(seen: Observation, job: PretrainJob) -> list[Action]:
             build_pod(job, member.index, member.created_in, seen.image),
             "MemberMissing",
         )
-        for member in seen.members
+        for member in (*seen.members, *seen.candidates)
         if seen.pod_of(member) is None
     ]
 
 
 def announce(seen: Observation) -> list[Action]:
-    """Tell every member its place; the kubelet turns the annotation into a file in the pod."""
+    """Tell every member its place and orders; the kubelet makes a file in the pod of it."""
     actions: list[Action] = []
     for member in seen.members:
         pod, word = seen.pod_of(member), assignment_for(seen, member)
@@ -89,6 +89,7 @@ def assignment_for(seen: Observation, member: Member) -> str | None:
         size=len(assignment.workers),
         leader=assignment.leader,
         nonce=assignment.nonce,
+        orders=assignment.order,
     ).to_json()
 
 

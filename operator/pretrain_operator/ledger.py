@@ -4,7 +4,7 @@ Everything here changes the status and nothing else; :mod:`plan` writes it ahead
 on it.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from pretrain_api import names
 from pretrain_api.status import (
@@ -15,8 +15,9 @@ from pretrain_api.status import (
     Member,
     RestartsStatus,
 )
+from pretrain_api.wire import Order
 from pretrain_operator.observe import Observation, Pod
-from pretrain_operator.policies.diagnosis import Cause
+from pretrain_operator.policies.diagnosis import Cause, is_gone
 from pretrain_operator.progress import report_of_leader, with_progress, with_report
 from pretrain_operator.resources import pod_name
 
@@ -51,6 +52,30 @@ def with_restart(status: JobStatus, cause: Cause, charged: int) -> JobStatus:
     reasons[reason] = reasons.get(reason, 0) + 1
     update = {"total": before.total + 1, "charged": charged, "by_reason": reasons}
     return status.model_copy(update={"restarts": before.model_copy(update=update)})
+
+
+def with_order(seen: Observation, status: JobStatus, order: Order, seconds: float) -> JobStatus:
+    """Status with an order to all members, who are waited for so many ``seconds`` at most.
+
+    Raises ValueError if nobody is a member.
+    """
+    if status.assignment is None or not status.assignment.workers:
+        raise ValueError(f"nobody is a member who could be ordered to {order}")
+    until = seen.now + timedelta(seconds=seconds)
+    update = {"order": order, "ordered": seen.now, "until": until}
+    return status.model_copy(update={"assignment": status.assignment.model_copy(update=update)})
+
+
+def with_candidates(seen: Observation, status: JobStatus, count: int) -> JobStatus:
+    """Status with this many candidates: those there are, and new ones in the places after them."""
+    if status.assignment is None:
+        return status
+    generation, size = next_generation(seen), len(status.assignment.workers)
+    before = status.assignment.candidates[:count]
+    added = range(size + len(before), size + count)
+    after = (*before, *(_new_member(seen, generation, index) for index in added))
+    changed = status.assignment.model_copy(update={"candidates": after})
+    return status.model_copy(update={"assignment": changed})
 
 
 def _led(seen: Observation, pod: Pod) -> bool:
@@ -99,13 +124,17 @@ def with_generation(
     kept: tuple[Member, ...] = (),
     not_before: datetime | None = None,
 ) -> JobStatus:
-    """Status with the next generation: the kept members, new ones in the other places."""
+    """Status with the next generation: the kept members, new ones in the other places.
+
+    Candidates may be among those kept; the others are dropped, and so is the order in force.
+    """
     generation = next_generation(seen)
+    workers = _places(seen, generation, size, kept)
     assignment = AssignmentStatus(
         generation=generation,
         nonce=seen.nonce,
-        in_place_before=_in_place_before(status, kept),
-        workers=_places(seen, generation, size, kept),
+        in_place_before=_in_place_before(seen, status, workers[0]),
+        workers=workers,
         created=seen.now,
         not_before=not_before,
     )
@@ -117,7 +146,7 @@ def without_echoes(
 ) -> JobStatus:
     """Status with the same generation, which nobody has been told of yet: only ``kept`` stay."""
     workers = _places(seen, assignment.generation, len(assignment.workers), kept)
-    before = _in_place_before(seen.status, kept)
+    before = _in_place_before(seen, seen.status, workers[0])
     amended = assignment.model_copy(update={"workers": workers, "in_place_before": before})
     return seen.status.model_copy(update={"assignment": amended})
 
@@ -125,13 +154,33 @@ def without_echoes(
 def _places(
     seen: Observation, generation: int, size: int, kept: tuple[Member, ...]
 ) -> tuple[Member, ...]:
-    """The kept members in their places, and new ones in the others."""
-    stay = {member.index: member for member in kept}
-    return tuple(
-        stay.get(index)
-        or Member(index=index, created_in=generation, pod=pod_name(seen.name, index, generation))
-        for index in range(size)
-    )
+    """The kept members in their places, and new ones in the others.
+
+    Who has a place that is no more, or is taken, gets the lowest that is free: its pod keeps its
+    name, which tells only what it was made for. If there are more than places, the first stay.
+    """
+    stay: dict[int, Member] = {}
+    moving: list[Member] = []
+    for member in kept[:size]:
+        if member.index < size and member.index not in stay:
+            stay[member.index] = member
+        else:
+            moving.append(member)
+    free = (index for index in range(size) if index not in stay)
+    for index, member in zip(free, moving, strict=False):
+        stay[index] = member.model_copy(update={"index": index})
+    return tuple(stay.get(index) or _new_member(seen, generation, index) for index in range(size))
+
+
+def _new_member(seen: Observation, generation: int, index: int) -> Member:
+    return Member(index=index, created_in=generation, pod=pod_name(seen.name, index, generation))
+
+
+def staying(seen: Observation) -> tuple[Member, ...]:
+    """Members that are not gone, and after them candidates whose pods are there."""
+    members = (member for member in seen.members if not is_gone(seen, member))
+    pods = ((each, seen.pod_of(each)) for each in seen.candidates)
+    return (*members, *(each for each, pod in pods if pod and pod.alive))
 
 
 def with_meeting(seen: Observation, assignment: AssignmentStatus, pods: list[Pod]) -> JobStatus:
@@ -154,29 +203,38 @@ def _host(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _in_place_before(status: JobStatus, kept: tuple[Member, ...]) -> int:
-    """Restarts in place that the leader's own count doesn't include.
+def _in_place_before(seen: Observation, status: JobStatus, leader: Member) -> int:
+    """Restarts in place that the count of the next leader doesn't include.
 
     A pod counts for as long as it lives: one that leads again goes on from where it was, whether or
-    not it answers just now, and a new one begins at zero.
+    not it answers just now, and a new one begins at zero. One that led not so far has counted those
+    since it came; how many, it says itself, or the age it shares with the leader before.
     """
-    if status.assignment and any(member.index == 0 for member in kept):
+    counted = status.restarts.in_place if status.restarts else 0
+    if status.assignment is None or not status.assignment.workers:
+        return counted
+    before = status.assignment.workers[0]
+    if leader.pod == before.pod or leader.created_in == before.created_in:
         return status.assignment.in_place_before
-    return status.restarts.in_place if status.restarts else 0
+    report = seen.reports.get(leader.pod)
+    return max(0, counted - report.restarts_in_place) if report else counted
 
 
 def without_members(status: JobStatus) -> JobStatus:
     """Status in which nobody is a member; the number of the generation stays."""
     if status.assignment is None:
         return status
-    alone = status.assignment.model_copy(update={"workers": (), "leader": None})
+    nobody = {"workers": (), "candidates": (), "leader": None}
+    free = {"order": Order.NONE, "ordered": None, "until": None}
+    alone = status.assignment.model_copy(update={**nobody, **free})
     return status.model_copy(update={"assignment": alone})
 
 
 def next_generation(seen: Observation) -> int:
     """Above all that was ever used, even if the status was lost and only pods are left."""
     used = seen.status.assignment.generation if seen.status.assignment else 0
-    return max([used, *(pod.created_in for pod in seen.pods)]) + 1
+    made = (each.created_in for each in (*seen.pods, *seen.candidates))
+    return max([used, *made]) + 1
 
 
 def _step_seconds(seen: Observation) -> float | None:

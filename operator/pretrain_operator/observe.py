@@ -63,6 +63,7 @@ class Pod:
     message: str = ""  # the sentence that goes with it
     node: str | None = None
     ip: str | None = None
+    grace_seconds: int = 30  # from SIGTERM to SIGKILL
     ready: bool = False
     assignment: str | None = None
     kill_at: datetime | None = None  # set once it is being deleted
@@ -162,6 +163,11 @@ class Observation:
         """Who trains together in the present generation."""
         return self.status.assignment.workers if self.status.assignment else ()
 
+    @property
+    def candidates(self) -> tuple[Member, ...]:
+        """Who starts beside the members to join a larger world."""
+        return self.status.assignment.candidates if self.status.assignment else ()
+
     def pod_of(self, member: Member) -> Pod | None:
         """The member's own pod, not another one that took its name."""
         for pod in self.pods:
@@ -255,6 +261,7 @@ def parse_pod(body: Json) -> Pod | None:
         message=status.get("message") or "",
         node=_part(body, "spec").get("nodeName"),
         ip=status.get("podIP"),
+        grace_seconds=int(_part(body, "spec").get("terminationGracePeriodSeconds") or 30),
         ready=conditions.get("Ready", {}).get("status") == "True",
         assignment=_part(meta, "annotations").get(names.ANNOTATION_ASSIGNMENT),
         kill_at=kill_at,

@@ -13,7 +13,17 @@ from typing import Any
 
 from pretrain_api import names
 from pretrain_api.status import JobStatus
-from pretrain_api.wire import Failure, Phase, Progress, Result, TerminationMessage, WorkerStatus
+from pretrain_api.wire import (
+    Assignment,
+    ExitCode,
+    Failure,
+    Order,
+    Phase,
+    Progress,
+    Result,
+    TerminationMessage,
+    WorkerStatus,
+)
 from pretrain_operator.cluster import (
     Body,
     ConflictError,
@@ -309,7 +319,7 @@ class Bench:
         """Settle, let every pod without an address start, and settle again."""
         await self.settle()
         there = {pod["metadata"]["name"]: pod for pod in self.cluster.pods()}
-        for name in self.member_pods():
+        for name in (*self.member_pods(), *self.candidate_pods()):
             if name in there and "podIP" not in there[name].get("status", {}):
                 self.cluster.start(name)
         await self.settle()
@@ -325,6 +335,33 @@ class Bench:
         await self.settle()
         self.cluster.advance(1)
         await self.train()
+
+    async def obey(self, progress: Progress | None = None) -> None:
+        """Members do what they were told, the leader with this ``progress``, and the rest follows.
+
+        Those told to drain save and end; those told to pause save and say so.
+        """
+        await self.settle()
+        for name in self.member_pods():
+            word = self.told(name)
+            done = progress if word and word.rank == 0 else None
+            if word and word.orders is Order.DRAIN:
+                said = message(Result.PREEMPTED, done, generation=word.generation, rank=word.rank)
+                self.cluster.finish(name, ExitCode.PREEMPTED, said)
+            elif word and word.orders is Order.PAUSE:
+                said = WorkerStatus(generation=word.generation, rank=word.rank, paused=True)
+                said = said.model_copy(update={"progress": done or Progress()})
+                self.workers.reports[name] = said
+        await self.settle()
+
+    def told(self, name: str) -> Assignment | None:
+        """What a pod was told by its annotation, if it is there and runs."""
+        there = {pod["metadata"]["name"]: pod for pod in self.cluster.pods()}
+        phase = there[name].get("status", {}).get("phase") if name in there else "Failed"
+        if phase in ("Succeeded", "Failed"):
+            return None
+        text = there[name]["metadata"]["annotations"].get(names.ANNOTATION_ASSIGNMENT)
+        return Assignment.model_validate_json(text) if text else None
 
     def report(self, progress: Progress, phase: Phase = Phase.STEP) -> None:
         """The leader reports progress in the present generation."""
@@ -344,6 +381,11 @@ class Bench:
         """Names of the members' pods."""
         assignment = self.status.assignment
         return [member.pod for member in assignment.workers] if assignment else []
+
+    def candidate_pods(self) -> list[str]:
+        """Names of the candidates' pods."""
+        assignment = self.status.assignment
+        return [member.pod for member in assignment.candidates] if assignment else []
 
     @property
     def status(self) -> JobStatus:
@@ -367,7 +409,7 @@ def message(
     progress: Progress | None = None,
     *,
     generation: int = 1,
-    rank: int = 0,
+    rank: int | None = 0,
     failure: Failure | None = None,
 ) -> TerminationMessage:
     """A termination message."""

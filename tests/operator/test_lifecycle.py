@@ -250,14 +250,13 @@ async def test_suspend_saves_and_resume_goes_on_in_a_new_generation(bench: Bench
     await bench.train(FORTY)
     bench.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": True}})
     await bench.settle()
-    assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
+    assert [assigned(bench, name)["orders"] for name in bench.member_pods()] == ["drain", "drain"]
     assert bench.condition(names.SUSPENDED) == ("True", "Suspended")
     assert bench.status.phase is JobPhase.SUSPENDED
     assert bench.status.start_time is None
-    for pod in bench.cluster.pods():
-        bench.cluster.finish(pod["metadata"]["name"], ExitCode.PREEMPTED)
-    await bench.settle()
+    await bench.obey(FORTY)
     assert bench.cluster.pods() == []
+    assert bench.condition(names.SUSPENDED) == ("True", "Suspended")
     assert len(bench.cluster.all(Kind.CONFIG_MAP)) == 1
     assert bench.status.restarts.total == 0
     bench.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": False}})

@@ -128,8 +128,8 @@ async def test_a_job_whose_spec_became_invalid_can_be_suspended(bench: Bench) ->
     await bench.settle()
     assert all("deletionTimestamp" not in p["metadata"] for p in bench.cluster.pods())
     await make_suspended(bench)
-    await bench.settle()
-    assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
+    await bench.obey()
+    assert bench.cluster.pods() == []
     assert bench.condition(names.SUSPENDED) == ("True", "Suspended")
     assert bench.condition(names.FAILED) == ("True", "Invalid")
     assert bench.events().count("Invalid") == 1

@@ -1,7 +1,7 @@
 """Which pods have had their time, and when a finished job has.
 
 A failed pod is worth a look (`kubectl logs`), so the newest of each worker stays until the job is
-deleted. Pods that ended well or were preempted say nothing more than the status does.
+deleted. Pods that ended well, or left when told to, say nothing more than the status does.
 """
 
 from collections.abc import Iterable
@@ -10,12 +10,13 @@ from datetime import datetime, timedelta
 from pretrain_api.job import JobSpec
 from pretrain_api.status import JobStatus
 from pretrain_operator.observe import Observation, Pod
+from pretrain_operator.policies.diagnosis import is_preempted
 
 LINGER_SECONDS = 30  # after the leader finished, for the others to finish by themselves
 
 
 def strays(seen: Observation) -> list[Pod]:
-    """Running pods without a place in the present generation."""
+    """Running pods without a place in the present generation, and no candidate's."""
     mine = _members(seen)
     return [pod for pod in seen.pods if pod.uid not in mine and pod.alive]
 
@@ -24,7 +25,8 @@ def exhibits_to_drop(seen: Observation) -> list[Pod]:
     """Ended pods of past generations, but the newest failed one of each worker."""
     mine = _members(seen)
     past = [p for p in seen.pods if p.uid not in mine and p.over and not p.leaving]
-    newest = {pod.index: pod.uid for pod in sorted(past, key=_age) if pod.phase == "Failed"}
+    failed = (pod for pod in past if pod.phase == "Failed" and not is_preempted(pod.exit))
+    newest = {pod.index: pod.uid for pod in sorted(failed, key=_age)}
     return [pod for pod in past if newest.get(pod.index) != pod.uid]
 
 
@@ -33,7 +35,8 @@ def _age(pod: Pod) -> int:
 
 
 def _members(seen: Observation) -> set[str]:
-    return {pod.uid for pod in (seen.pod_of(m) for m in seen.members) if pod is not None}
+    known = (seen.pod_of(each) for each in (*seen.members, *seen.candidates))
+    return {pod.uid for pod in known if pod is not None}
 
 
 def in_the_way(seen: Observation) -> list[Pod]:

@@ -108,7 +108,7 @@ def _taken(seen: Observation, pod: Pod) -> Cause | None:
         reason = "NodeLost" if pod.node in seen.lost_nodes else "PodDeleted"
     if reason is None and _is_nodes_doing(pod.reason):
         reason = pod.reason
-    if reason is None and _is_preempted(pod.exit):
+    if reason is None and is_preempted(pod.exit):
         reason = "Preempted"
     if reason is None:
         return None
@@ -121,7 +121,7 @@ def _is_nodes_doing(reason: str) -> bool:
     return reason in FREE_POD_REASONS or reason.startswith(FREE_POD_PREFIX)
 
 
-def _is_preempted(ended: Exit | None) -> bool:
+def is_preempted(ended: Exit | None) -> bool:
     """By the agent's own word. The exit code alone may be anybody's; a pod that leaves is free."""
     if ended is None or ended.message is None:
         return False

@@ -1,0 +1,122 @@
+"""Who trains together: members that are gone, a first generation, the meeting, the daily round."""
+
+from datetime import timedelta
+
+from pretrain_api import names
+from pretrain_api.status import JobStatus
+from pretrain_operator import children, ledger
+from pretrain_operator.actions import Notice, Plan
+from pretrain_operator.judges.base import STARTING_POLL_SECONDS, ahead, job_of, seconds_until
+from pretrain_operator.judges.ending import fail
+from pretrain_operator.observe import Observation
+from pretrain_operator.policies import cleanup, deadline, diagnosis, restart
+from pretrain_operator.policies.restart import GiveUp
+from pretrain_operator.progress import report_of_leader
+from pretrain_operator.report import report
+from pretrain_operator.status import healed, holds, mark, view
+
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 2.0, 10.0
+
+
+def regroup(seen: Observation) -> Plan | None:
+    """A member is gone: the others stay and meet its replacement in a new generation."""
+    cause = diagnosis.diagnose(seen)
+    if cause is None:
+        return None
+    present = seen.status.assignment
+    if cause.echo and not cause.final and present and present.leader is None:
+        # One failure ends all agents, but pods end one by one: it stays one attempt, one charge.
+        amended = ledger.without_echoes(seen, present, ledger.staying(seen))
+        return ahead(seen, view(seen, amended, throttle=False))
+    spec = job_of(seen).spec
+    verdict = restart.decide(cause, seen.status, spec.recovery, seen.now)
+    if isinstance(verdict, GiveUp):
+        return fail(seen, verdict, cause)
+    # A free loss during the wait after a failure doesn't cut it short.
+    waiting = present.not_before if present and present.leader is None else None
+    not_before = max(verdict.not_before, waiting or seen.now)
+    wait = (not_before - seen.now).total_seconds()
+    status = ledger.with_attempt(seen, cause)
+    status = ledger.with_restart(status, cause, verdict.charged)
+    status = ledger.with_generation(
+        seen,
+        status,
+        size=spec.workers.replicas,
+        kept=ledger.staying(seen),
+        not_before=not_before if wait > 0 else None,
+    )
+    said = f"{cause.message}; going on as generation {ledger.next_generation(seen)}"
+    said += f" in {wait:.0f} s" if wait > 0 else ""
+    status = mark(seen, status, names.RUNNING, False, cause.reason, said)
+    status = mark(seen, status, names.RESTARTING, True, cause.reason, said)
+    notice = Notice("Restarted", f"{cause.reason}: {said}", warning=cause.charged)
+    return ahead(seen, view(seen, healed(seen, status), throttle=False), notice)
+
+
+def begin(seen: Observation) -> Plan | None:
+    """Without members: the first generation, or the first after a suspension."""
+    if seen.members:
+        return None
+    size = job_of(seen).spec.workers.replicas
+    said = f"generation {ledger.next_generation(seen)} with {size} workers"
+    notice = Notice("Resumed" if seen.status.assignment else "Created", said)
+    status = seen.status.model_copy(update={"start_time": seen.status.start_time or seen.now})
+    status = ledger.with_generation(seen, status, size=size)
+    status = mark(seen, status, names.SUSPENDED, False, "Resumed", said)
+    status = mark(seen, status, names.RUNNING, False, "WorkersStarting", said)
+    return ahead(seen, view(seen, healed(seen, status), throttle=False), notice)
+
+
+def meet(seen: Observation) -> Plan | None:
+    """All members have an address and the last generation is over: name the leader."""
+    assignment = seen.status.assignment
+    if assignment is None or assignment.leader is not None or cleanup.in_the_way(seen):
+        return None
+    pods = [seen.pod_of(member) for member in seen.members]
+    present = [pod for pod in pods if pod and pod.alive and pod.ip]
+    if len(present) < len(pods):
+        return None
+    status = ledger.with_meeting(seen, assignment, present)
+    said = f"generation {assignment.generation}: {len(present)} workers meet at {present[0].name}"
+    return ahead(seen, status, Notice("WorkersReady", said))
+
+
+def converge(seen: Observation) -> Plan:
+    """Everything is decided: create what is missing, tell who has not heard, clear away."""
+    job = job_of(seen)
+    status, news = report(seen)
+    return Plan(
+        actions=(
+            *children.prepare(seen, job),
+            *children.retain(seen),
+            *children.create_pods(seen, job),
+            *children.announce(seen),
+            *children.tidy(seen, "Replaced"),
+        ),
+        status=status,
+        events=news,
+        wake_after=_next_look(seen, status),
+    )
+
+
+def _next_look(seen: Observation, status: JobStatus) -> float | None:
+    """When something is due that no event announces."""
+    wakes = [item.at for item in deadline.deadlines(seen)]
+    assignment = status.assignment
+    if assignment and assignment.not_before and seen.now < assignment.not_before:
+        wakes.append(assignment.not_before)
+    if assignment and assignment.leader is None:
+        limits = (cleanup.written_off_at(pod) for pod in cleanup.in_the_way(seen))
+        wakes += [limit for limit in limits if limit]
+    elif assignment:
+        wakes.append(seen.now + timedelta(seconds=poll_seconds(seen)))
+    return seconds_until(seen, wakes)
+
+
+def poll_seconds(seen: Observation) -> float:
+    """How soon to ask the leader again: about once a step, more often while it starts."""
+    if not holds(seen.status, names.RUNNING):
+        return STARTING_POLL_SECONDS
+    found = report_of_leader(seen)
+    seconds = found.progress.step_seconds if found else None
+    return min(MAX_POLL_SECONDS, max(MIN_POLL_SECONDS, seconds or MAX_POLL_SECONDS))
