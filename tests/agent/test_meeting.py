@@ -19,6 +19,7 @@ from pretrain_agent.meeting import (
     Open,
     Opened,
     Over,
+    Paused,
     Released,
     root_cause,
 )
@@ -100,6 +101,32 @@ def test_ranks_that_saved_and_left_end_nobody_elses_round() -> None:
     meeting = started()
     assert meeting.receive(1, Join(round=1, left=True)) == []
     assert meeting.receive(0, Hello(generation=1, rank=0, nonce="")) == []
+
+
+@pytest.mark.parametrize(
+    ("paused", "ends"),
+    [
+        (Paused(round=0, left=True), False),  # its peers save at the same step by themselves
+        (Paused(round=0), True),  # its ranks were stopped, or one of them failed
+        (Paused(round=-1, left=True), True),  # it was told while the round was about to start
+    ],
+)
+def test_a_pause_ends_the_round_of_those_whose_peers_it_takes_away(
+    paused: Paused, ends: bool
+) -> None:
+    meeting = started()
+    over = [Letter(0, Over(round=0))] if ends else []
+    assert meeting.receive(1, paused) == over
+    assert meeting.receive(0, Hello(generation=1, rank=0, nonce="")) == over
+
+
+def test_no_round_starts_without_one_that_is_paused() -> None:
+    meeting = started()
+    meeting.receive(1, Join(round=1, left=True))
+    assert meeting.receive(1, Paused(round=0, left=True)) == []
+    assert meeting.receive(0, Join(round=1, left=True)) == []
+    assert meeting.receive(0, Opened(round=1, port=5)) == []
+    assert meeting.round == 0
 
 
 def fail(meeting: Meeting, number: int, step: int, failure: Failure = KILLED) -> list[Letter]:
@@ -234,6 +261,25 @@ def test_a_member_that_is_done_does_not_go_back_to_work() -> None:
     assert member.assign(assignment(2)) == []
 
 
+def test_a_paused_member_starts_nothing_before_the_next_generation() -> None:
+    member = running()
+    member.stopped(9, None, True)
+    assert member.pause() == [Paused(round=0, left=True)]
+    assert member.hear(Go(round=1, port=5)) == []
+    assert member.hear(Open(round=1)) == []
+    assert member.assign(assignment(1)) == []
+    assert member.assign(assignment(2)) == [Join(round=0)]
+    assert not member.paused
+
+
+def test_a_member_may_be_paused_before_it_is_warm_or_has_a_place() -> None:
+    member = Member()
+    assert member.pause() == []
+    member.assign(assignment(1))
+    assert member.pause() == []
+    assert member.stopped(0, None, False) == [Paused(round=-1)]
+
+
 # -- all together -------------------------------------------------------------------------------
 
 
@@ -244,8 +290,8 @@ class Simulation:
         self.random = random.Random(seed)
         self.meeting = Meeting(1, size)
         self.members = [Member() for _ in range(size)]
-        self.standing: list[Join | Done | None] = [None] * size
-        self.up: list[deque[Join | Opened | Done | Hello]] = [deque() for _ in range(size)]
+        self.standing: list[Join | Paused | Done | None] = [None] * size
+        self.up: list[deque[Join | Paused | Opened | Done | Hello]] = [deque() for _ in range(size)]
         self.down: list[deque[Open | Go | Over | Leave | Released]] = [deque() for _ in range(size)]
         self.left: set[int] = set()
         for rank in range(size):
@@ -255,7 +301,7 @@ class Simulation:
     def carry_out(self, rank: int, sayings: list[Saying]) -> None:
         for saying in sayings:
             match saying:
-                case Join() | Done():
+                case Join() | Paused() | Done():
                     self.standing[rank] = saying
                     self.up[rank].append(saying)
                 case Opened():
@@ -314,3 +360,26 @@ def test_whatever_breaks_everybody_ends_up_in_the_same_round(seed: int) -> None:
     assert not world.left
     assert {member.state for member in world.members} == {State.RUNNING}
     assert {member.round for member in world.members} == {world.meeting.round}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_breaks_no_rank_runs_on_without_one_that_is_paused(seed: int) -> None:
+    size = 2 + seed % 3
+    world = Simulation(size, seed)
+    for turn in range(120):
+        rank = world.random.randrange(size)
+        if turn == seed:
+            while world.members[rank].state is State.RUNNING:  # its ranks have left, or failed
+                left = world.random.random() < 0.5
+                world.carry_out(rank, world.members[rank].stopped(turn, None, left))
+            world.carry_out(rank, world.members[rank].pause())
+        elif world.random.random() < 0.1:
+            world.reconnect(rank)
+        else:
+            world.deliver(rank)
+    world.settle()
+    left = any(isinstance(standing, Paused) and standing.left for standing in world.standing)
+    states = {member.state for member in world.members}
+    assert states <= {State.RUNNING, State.STOPPED}
+    assert left or states == {State.STOPPED}
+    assert world.meeting.round <= 1

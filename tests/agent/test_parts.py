@@ -174,6 +174,7 @@ def test_lines_of_rank_0_are_plain_others_numbered_and_the_tail_is_kept(tmp_path
 
 class FakeWorker:
     turn = 0.0
+    warm = False
     restart_seconds: float | None = None
 
     def status(self) -> WorkerStatus:
@@ -181,7 +182,9 @@ class FakeWorker:
         progress = Progress(
             step=9, steps=10, tokens=900, loss=2.5, first_loss=9.0, mfu=0.4, checkpoint=checkpoint
         )
-        return WorkerStatus(generation=2, step=9, restarts_in_place=3, progress=progress)
+        return WorkerStatus(
+            generation=2, step=9, restarts_in_place=3, progress=progress, warm=self.warm
+        )
 
 
 @pytest.fixture
@@ -210,8 +213,12 @@ def test_status_and_health_are_served(served: Any) -> None:
     assert WorkerStatus.model_validate_json(body) == worker.status()
     worker.turn = time.monotonic()
     assert get(f"{url}/healthz")[0] == 200
+    assert get(f"{url}/readyz")[0] == 503
+    worker.warm = True
+    assert get(f"{url}/readyz")[0] == 200
     worker.turn = time.monotonic() - 2 * endpoints.STALL_SECONDS
     assert get(f"{url}/healthz")[0] == 503
+    assert get(f"{url}/readyz")[0] == 503
     assert get(f"{url}/etc/passwd")[0] == 404
     request = urllib.request.Request(f"{url}/status", data=b"x", method="POST")
     with pytest.raises(urllib.error.HTTPError, match="501"):

@@ -54,6 +54,22 @@ def test_workers_come_and_go_with_generations(world: Any) -> None:
     notes = world.running(4, 0, ranks=2)
     assert [note["world"] for note in notes] == [2, 2]
 
+    # a pause, told to one before the other: both save at the same step and stay for the next world
+    world.order("b", Order.PAUSE)
+    world.until(lambda: b.status().paused, "b to be paused")
+    world.order("c", Order.PAUSE)
+    world.until(lambda: c.status().paused, "c to be paused")
+    step = world.step()
+    assert {worker.status().last_failure for worker in (b, c)} == {None}
+    pids = {note["pid"] for note in notes}
+    assert not pids & {member.pid for member in (*b.tree(), *c.tree())}
+    world.assign(5, "c", "b")
+    notes = world.running(5, 0, ranks=2)
+    assert [note["world"] for note in notes] == [2, 2]
+    assert world.step() > step
+    world.assign(6, "b", "c")
+    notes = world.running(6, 0, ranks=2)
+
     # drained by an order to one of them: ranks agree, all save at the same step
     world.order("b", Order.DRAIN)
     code, message = b.wait()
@@ -66,7 +82,7 @@ def test_workers_come_and_go_with_generations(world: Any) -> None:
     assert c.status().last_failure is None
 
     world.configure(steps=world.step() + 5)
-    world.assign(5, "c")
+    world.assign(7, "c")
     code, message = c.wait()
     assert (code, message.result) == (ExitCode.OK, Result.COMPLETE)
     assert message.progress.step == world.step()

@@ -21,6 +21,7 @@ from pretrain_api import names
 from pretrain_api.wire import (
     Assignment,
     CheckpointReport,
+    Failure,
     Order,
     Phase,
     Progress,
@@ -47,7 +48,7 @@ def unpatched(tmp_path: Path) -> Iterator[Supervisor]:
 def supervisor(unpatched: Supervisor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     """A supervisor that starts nothing and kills nothing."""
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(unpatched, "_start_launcher", lambda: ours)
+    monkeypatch.setattr(unpatched.launcher, "start", lambda: ours)
     monkeypatch.setattr(process, "adopt_orphans", lambda: None)
     monkeypatch.setattr(process, "reap", dict)
     monkeypatch.setattr(process, "kill_descendants", lambda timeout: [])
@@ -103,7 +104,7 @@ def test_a_launcher_that_dies_after_its_ranks_are_done_spoils_nothing(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, done: bool, result: Result
 ) -> None:
     launcher = subprocess.Popen(["sleep", "300"])
-    monkeypatch.setattr(supervisor, "_launcher", launcher)
+    monkeypatch.setattr(supervisor.launcher, "_process", launcher)
     monkeypatch.setattr(process, "reap", lambda: {launcher.pid: launcher.wait()})
 
     async def scenario() -> None:
@@ -171,7 +172,7 @@ def test_an_order_to_save_ends_with_the_save(supervisor: Supervisor) -> None:
         await until(lambda: supervisor.status().generation == 2)
         assert board.order is Order.NONE
         assign(supervisor, 2, rank=0)
-        await until(lambda: supervisor._order is Order.NONE)
+        await until(lambda: supervisor.orders.wanted is Order.NONE)
         at(step=20, saved=9)
         assign(supervisor, 2, rank=0, orders=Order.SAVE)  # is another one
         await until(lambda: board.order is Order.SAVE)
@@ -179,6 +180,63 @@ def test_an_order_to_save_ends_with_the_save(supervisor: Supervisor) -> None:
         assert board.order is Order.SAVE
 
     asyncio.run(while_running(supervisor, scenario))
+
+
+@pytest.mark.parametrize("failure", [None, Failure(exit_code=5, message="broken")])
+def test_a_pause_keeps_the_worker_for_its_next_generation(
+    supervisor: Supervisor, failure: Failure | None
+) -> None:
+    board = supervisor.board
+
+    async def scenario() -> None:
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.status().generation == 1)
+        supervisor.member.state = State.RUNNING
+        assign(supervisor, 1, rank=0, orders=Order.PAUSE)
+        await until(lambda: board.order is Order.DRAIN)  # what ranks know
+        assert not supervisor.status().paused
+        if failure is not None:
+            board.put_failure(0, failure)
+        await supervisor._hear_launcher(Stopped(exits={0: 143 if failure is None else 5}))
+        status = supervisor.status()
+        assert (status.paused, status.draining) == (True, False)
+        assert supervisor._outcome is not None
+        assert not supervisor._outcome.done()
+        assert (status.last_failure is None) == (failure is None)
+        assert board.order is Order.NONE  # the next generation's ranks are to stay
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.orders.wanted is Order.NONE)
+        assert supervisor.status().paused  # taken back too late
+        assign(supervisor, 2, rank=0)
+        await until(lambda: not supervisor.status().paused)
+
+    assert asyncio.run(while_running(supervisor, scenario)) == 143
+
+
+@pytest.mark.parametrize("state", [State.WARMING, State.STOPPED])
+def test_a_worker_without_running_ranks_pauses_at_once(
+    supervisor: Supervisor, state: State
+) -> None:
+    async def scenario() -> None:
+        supervisor.member.state = state
+        assign(supervisor, 1, rank=0, orders=Order.PAUSE)
+        await until(lambda: supervisor.status().paused)
+        assert supervisor.board.order is Order.NONE
+
+    assert asyncio.run(while_running(supervisor, scenario)) == 143
+    assert message(supervisor).result is Result.PREEMPTED
+
+
+@pytest.mark.parametrize("order", [Order.DRAIN, Order.STOP])
+def test_a_paused_worker_leaves_at_once_when_asked(supervisor: Supervisor, order: Order) -> None:
+    async def scenario() -> None:
+        supervisor.member.state = State.STOPPED
+        assign(supervisor, 1, rank=0, orders=Order.PAUSE)
+        await until(lambda: supervisor.status().paused)
+        assign(supervisor, 1, rank=0, orders=order)
+        await until(lambda: supervisor._outcome is not None and supervisor._outcome.done())
+
+    assert asyncio.run(while_running(supervisor, scenario)) == 143
 
 
 @pytest.mark.parametrize(("watched", "told"), [(True, "1"), (False, "")])
@@ -192,5 +250,5 @@ def test_ranks_are_told_whether_a_person_watches(
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: watched)
-    unpatched._start_launcher().close()
+    unpatched.launcher.start().close()
     assert given[names.ENV_TERMINAL] == told

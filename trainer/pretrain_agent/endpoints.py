@@ -1,4 +1,4 @@
-"""HTTP face of a worker: ``/status`` for the operator, ``/metrics``, ``/healthz``; all read-only.
+"""HTTP face of a worker: ``/status``, ``/metrics``, ``/healthz`` and ``/readyz``; all read-only.
 
 Served by threads, so that a slow client never delays the meeting. Their number is bounded and every
 connection has a deadline, because anybody who reaches the pod can open one.
@@ -97,11 +97,15 @@ class Handler(BaseHTTPRequestHandler):
                 body = metrics.render(worker.status(), worker.restart_seconds)
                 self._answer(body, "text/plain; version=0.0.4; charset=utf-8")
             case "/healthz":
-                healthy = server.healthy()
-                status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-                self._answer(b"ok\n" if healthy else b"stalled\n", "text/plain", status)
+                self._verdict(server.healthy(), "stalled")
+            case "/readyz":
+                self._verdict(server.healthy() and worker.status().warm, "not ready")
             case _:
                 self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _verdict(self, well: bool, otherwise: str) -> None:
+        status = HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
+        self._answer(f"{'ok' if well else otherwise}\n".encode(), "text/plain", status)
 
     def _answer(self, body: bytes, content: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)

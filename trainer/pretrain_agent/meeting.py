@@ -9,6 +9,9 @@ restarted in place; every such start is a *round*. The leader (the agent of rank
 3. when all have joined, the meeting judges the failures: it either asks its own launcher to
    ``Open`` a store for the ranks and then tells everybody to ``Go``, or tells all to ``Leave``.
 
+An agent that was told to pause says ``Paused`` instead of ``Join``: no round starts without it, so
+none starts any more in this generation.
+
 Everything said is idempotent, so that an agent whose connection broke just says it again. Because
 one place judges, all agents leave with the same verdict: the exit code of the rank that failed
 first, wherever it was.
@@ -48,6 +51,18 @@ class Join(Wire):
     round: int
     step: int = 0
     failure: Failure | None = None
+    left: bool = False
+
+
+class Paused(Wire):
+    """This agent has no running ranks and wants none before the next generation.
+
+    ``round`` is the newest one its ranks were in, and ``left`` says that they saved and left it on
+    request, as their peers then do by themselves.
+    """
+
+    kind: Literal["paused"] = "paused"
+    round: int
     left: bool = False
 
 
@@ -104,7 +119,7 @@ class Released(Wire):
     kind: Literal["released"] = "released"
 
 
-FromAgent = Hello | Join | Opened | Done
+FromAgent = Hello | Join | Paused | Opened | Done
 FromLeader = Open | Go | Over | Leave | Released
 FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="kind")])
 FROM_LEADER: TypeAdapter[FromLeader] = TypeAdapter(
@@ -157,6 +172,7 @@ class Meeting:
         self._go: Go | None = None
         self._verdict: Leave | None = None
         self._done: set[int] = set()
+        self._paused: dict[int, Paused] = {}
 
     def receive(self, rank: int, message: FromAgent) -> list[Letter]:
         """Answer one message of the agent ``rank``; messages that make no sense get no answer."""
@@ -165,6 +181,8 @@ class Meeting:
                 return self._welcome(rank)
             case Join():
                 return self._join(rank, message)
+            case Paused():
+                return self._pause(rank, message)
             case Opened():
                 return self._opened(rank, message)
             case Done():
@@ -177,10 +195,7 @@ class Meeting:
         """Tell an agent that connects again what it may have missed."""
         if self._verdict is not None:
             return [Letter(rank, self._verdict)]
-        broken = any(not join.left for join in self._joined.values())
-        if self._go is not None and broken and rank not in self._joined:
-            return [Letter(rank, Over(round=self.round))]
-        return []
+        return [letter for letter in self._end_round() if letter.rank == rank]
 
     def _join(self, rank: int, join: Join) -> list[Letter]:
         if self._verdict is not None:
@@ -194,13 +209,29 @@ class Meeting:
             return self._leave(join.failure)
         if len(self._joined) == self.size:
             return self._judge()
-        if self._go is None or join.left:
+        return self._end_round()
+
+    def _pause(self, rank: int, paused: Paused) -> list[Letter]:
+        """This one starts nothing any more; nor need the others, who wait for its ranks."""
+        if self._verdict is not None:
+            return [Letter(rank, self._verdict)]
+        self._joined.pop(rank, None)
+        self._paused[rank] = paused
+        return self._end_round()
+
+    def _end_round(self) -> list[Letter]:
+        """Tell those who may still be in the running round that it is over, if that is so."""
+        if self._go is None or not self._broken():
             return []
-        return [
-            Letter(peer, Over(round=self.round))
-            for peer in range(self.size)
-            if peer not in self._joined
-        ]
+        gone = self._joined.keys() | self._paused.keys()
+        over = Over(round=self.round)
+        return [Letter(rank, over) for rank in range(self.size) if rank not in gone]
+
+    def _broken(self) -> bool:
+        """Whether the running round lost ranks that did not save and leave."""
+        joined = any(not join.left for join in self._joined.values())
+        paused = any(not (p.left and p.round == self.round) for p in self._paused.values())
+        return joined or paused
 
     def _judge(self) -> list[Letter]:
         """All are here: give up, or have a store opened for the next round."""

@@ -11,7 +11,7 @@ message about a round or generation that isn't the current one is dropped.
 from enum import Enum
 
 from pretrain_agent.link import Regroup, Start
-from pretrain_agent.meeting import Done, Go, Join, Leave, Open, Opened, Over, Released
+from pretrain_agent.meeting import Done, Go, Join, Leave, Open, Opened, Over, Paused, Released
 from pretrain_api.wire import Assignment, Failure
 
 
@@ -24,7 +24,7 @@ class State(Enum):
     FINISHED = "finished"  # all local ranks returned
 
 
-Saying = Open | Start | Regroup | Join | Opened | Done | Leave | Released
+Saying = Open | Start | Regroup | Join | Paused | Opened | Done | Leave | Released
 
 
 def leader_address(assignment: Assignment) -> tuple[str, int]:
@@ -40,6 +40,7 @@ class Member:
         self.assignment: Assignment | None = None
         self.state = State.WARMING
         self.round = -1  # the newest round of this generation that started here
+        self.paused = False  # until the next generation
         self.started_rank: int | None = None  # of this agent, when ranks were last started
         self._started_in = 0  # generation of that
         self._report = Join(round=0)
@@ -55,6 +56,7 @@ class Member:
         if before is not None and before.generation == assignment.generation:
             return []
         self.round = -1
+        self.paused = False
         self._report = Join(round=0)
         return [Regroup()] if self.state is State.RUNNING else self._join()
 
@@ -63,6 +65,11 @@ class Member:
         self.state = State.STOPPED
         if self.assignment is not None and self._started_in == self.assignment.generation:
             self._report = Join(round=self.round + 1, step=step, failure=failure, left=left)
+        return self._join()
+
+    def pause(self) -> list[Saying]:
+        """Start no ranks before the next generation. Running ones are to be stopped first."""
+        self.paused = True
         return self._join()
 
     def opened(self, opened: Opened) -> list[Saying]:
@@ -92,13 +99,15 @@ class Member:
 
     def _awaits(self, number: int) -> bool:
         """Whether round ``number`` is the one we asked for."""
-        stopped = self.state is State.STOPPED
-        return self.rank is not None and stopped and number == self.round + 1
+        ready = self.state is State.STOPPED and not self.paused
+        return self.rank is not None and ready and number == self.round + 1
 
     def _join(self) -> list[Saying]:
         """Ask for the next round, if there is a place for us and no rank runs."""
         if self.rank is None or self.state is not State.STOPPED:
             return []
+        if self.paused:
+            return [Paused(round=self.round, left=self._report.left)]
         return [self._report]
 
     def _start(self, go: Go) -> list[Saying]:

@@ -15,9 +15,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,8 +23,8 @@ from pretrain_agent import cgroup, failures, logs, process, termination
 from pretrain_agent.assignment import AssignmentFile
 from pretrain_agent.board import Board
 from pretrain_agent.endpoints import Endpoints
+from pretrain_agent.launching import LauncherProcess
 from pretrain_agent.link import (
-    FROM_LAUNCHER,
     Finished,
     FromLauncher,
     Ready,
@@ -45,13 +42,14 @@ from pretrain_agent.meeting import (
     Meeting,
     Open,
     Opened,
+    Paused,
     Released,
 )
 from pretrain_agent.member import Member, Saying, State, leader_address
+from pretrain_agent.orders import Orders
 from pretrain_agent.settings import Settings
 from pretrain_agent.termination import Outcome
-from pretrain_agent.wires import MeetingClient, MeetingServer, encode, listen, receive
-from pretrain_api import names
+from pretrain_agent.wires import MeetingClient, MeetingServer, listen
 from pretrain_api.wire import (
     Assignment,
     ExitCode,
@@ -79,6 +77,8 @@ class Supervisor:
         self.directory = _run_directory()
         self.board = Board.create(self.directory / "board", settings.processes)
         self.pump = logs.LogPump(self.directory, settings.processes)
+        self.launcher = LauncherProcess(settings, self.directory / "board", self.pump.launcher_end)
+        self.orders = Orders(self.board)
         self.file = AssignmentFile(settings.assignment)
         self.member = Member()
         self.server = MeetingServer()
@@ -88,12 +88,7 @@ class Supervisor:
         self.last_failure: Failure | None = None
         self._meeting_port = settings.meeting_port
         self._client_task: asyncio.Task[None] | None = None
-        self._launcher: subprocess.Popen[bytes] | None = None
-        self._launcher_writer: asyncio.StreamWriter | None = None
         self._oom_kills = cgroup.oom_kills()
-        self._deadline: float | None = None  # of the drain, on the monotonic clock
-        self._order = Order.NONE  # the operator's, which stands when the board's is carried out
-        self._save_from = 0  # a checkpoint of this step or a later one answers an order to save
         self.turn = time.monotonic()
         self.restart_seconds: float | None = None
         self._stopped_at: float | None = None  # when the failure was reported, until all run again
@@ -112,7 +107,9 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGINT, self._terminate, "SIGINT")
         self.pump.start()
         endpoints = await self._listen()
-        talk = asyncio.create_task(self._talk_with_launcher(self._start_launcher()))
+        talk = asyncio.create_task(
+            self.launcher.converse(self.launcher.start(), self._hear_launcher)
+        )
         watch = asyncio.create_task(self._watch())
         for task in (talk, watch):
             task.add_done_callback(self._surface)
@@ -136,36 +133,11 @@ class Supervisor:
         endpoints = Endpoints(http, self)
         endpoints.start()
         log.info(
-            "serving /status, /metrics and /healthz on port %d, the meeting on port %d",
+            "serving /status, /metrics, /healthz and /readyz on port %d, the meeting on port %d",
             http.getsockname()[1],
             self._meeting_port,
         )
         return endpoints
-
-    def _start_launcher(self) -> socket.socket:
-        """Start the launcher in a session of its own; returns our end of the link."""
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "pretrain_agent.launcher"]
-        command += ["--link", str(theirs.fileno())]
-        command += ["--processes", str(self.settings.processes)]
-        command += ["--entry-point", self.settings.entry_point]
-        command += ["--config", str(self.settings.config)]
-        self._launcher = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self.pump.launcher_end,
-            stderr=self.pump.launcher_end,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-            env={
-                **os.environ,
-                names.ENV_BOARD: str(self.directory / "board"),
-                # ranks write into pipes and can't see where these end
-                names.ENV_TERMINAL: "1" if sys.stdout.isatty() else "",
-            },
-        )
-        theirs.close()
-        return ours
 
     def _surface(self, task: asyncio.Task[None]) -> None:
         """A bug in a task must end this process, not leave it half alive."""
@@ -187,8 +159,7 @@ class Supervisor:
         survivors = process.kill_descendants(KILL_SECONDS)
         if survivors:
             log.error("could not kill processes %s", [survivor.pid for survivor in survivors])
-        if self._launcher is not None and self._launcher.returncode is None:
-            self._launcher.returncode = -signal.SIGKILL  # reaped above, behind Popen's back
+        self.launcher.forget()
         self.pump.close()
 
     def _leave_message(self, outcome: Outcome) -> None:
@@ -213,11 +184,6 @@ class Supervisor:
     def _generation(self) -> int:
         return 0 if self.member.assignment is None else self.member.assignment.generation
 
-    @property
-    def draining(self) -> bool:
-        """Whether ranks were told to save and leave."""
-        return self.board.order in (Order.DRAIN, Order.STOP)
-
     def status(self) -> WorkerStatus:
         """The status document; called from the threads of the HTTP server."""
         beats = self.board.beats()
@@ -234,7 +200,9 @@ class Supervisor:
             failures_without_progress=self.failures_without_progress,
             progress=self.board.progress() or Progress(),
             last_failure=self.last_failure,
-            draining=self.draining,
+            draining=self.orders.leaving,
+            warm=self.member.state is not State.WARMING,
+            paused=self.member.paused,
         )
 
     # -- the operator's word --------------------------------------------------------------------
@@ -250,9 +218,9 @@ class Supervisor:
                     self._enter_generation(assignment)
                 self._say(sayings)
                 self._obey(assignment.orders)
-            self._withdraw_save()
+            self.orders.end_save()
             self._time_restart()
-            if self._deadline is not None and self.turn > self._deadline:
+            if self.orders.overdue(self.turn):
                 text = "the grace period ended before the checkpoint was saved"
                 self._end(termination.preempted(Failure(reason="RankFailed", message=text)))
             await asyncio.sleep(POLL_SECONDS)
@@ -301,41 +269,29 @@ class Supervisor:
             self.board.forget_progress()
 
     def _obey(self, order: Order) -> None:
-        """Pass an order to the ranks. A drain that SIGTERM began is not taken back."""
-        if self._deadline is not None:
+        """Carry out the operator's order, as far as it is not up to the ranks."""
+        if self.orders.terminating:
             return
-        if order is not self._order:
-            log.info("order: %s", order)
-            progress = self.board.progress() or Progress()
-            self._save_from = max(progress.step, *(beat.step for beat in self.board.beats()))
-        if order is not self._order or order is not Order.SAVE:
-            self.board.order = order
-        self._order = order
+        self.orders.obey(order)
         if order is Order.STOP:
             self._end(termination.preempted())
         elif order is Order.DRAIN:
             self._leave_if_idle()
+        elif order is Order.PAUSE and self.member.state in (State.WARMING, State.STOPPED):
+            self._pause()
 
-    def _withdraw_save(self) -> None:
-        """An order to save ends with the save, or ranks that restart would obey it once more.
-
-        Global rank 0 knows, and only its vote to save counts.
-        """
-        if self.board.order is not Order.SAVE:
-            return
-        progress = self.board.progress() or Progress()
-        if progress.checkpoint is not None and progress.checkpoint.step >= self._save_from:
-            self.board.order = Order.NONE
+    def _pause(self) -> None:
+        """No rank runs: stay so until the next generation."""
+        self.orders.end_pause()
+        self._say(self.member.pause())
 
     def _terminate(self, name: str) -> None:
         """SIGTERM or SIGINT: save and leave; a second one does not wait for the save."""
-        if self._deadline is not None:
+        if self.orders.terminating:
             self._end(termination.preempted())
             return
-        grace = self.settings.grace_seconds
-        self._deadline = time.monotonic() + grace - min(5.0, grace / 5)
         log.info("%s: saving, then leaving", name)
-        self.board.order = Order.DRAIN
+        self.orders.terminate(time.monotonic(), self.settings.grace_seconds)
         self._leave_if_idle()
 
     def _leave_if_idle(self) -> None:
@@ -357,11 +313,11 @@ class Supervisor:
         """Carry out what the member decided."""
         for saying in sayings:
             match saying:
-                case Join() | Opened() | Done():
+                case Join() | Paused() | Opened() | Done():
                     if self.client is not None:
                         self.client.say(saying)
                 case Open() | Regroup():
-                    self._tell_launcher(saying)
+                    self.launcher.tell(saying)
                 case Start():
                     self._begin_round(saying)
                 case Leave():
@@ -374,16 +330,7 @@ class Supervisor:
         if start.round > 0:
             self.restarts += 1
         self.pump.begin_round(start.rank * self.settings.processes)
-        self._tell_launcher(start)
-
-    def _tell_launcher(self, message: Open | Regroup | Start) -> None:
-        if self._launcher_writer is not None:
-            self._launcher_writer.write(encode(message))
-
-    async def _talk_with_launcher(self, sock: socket.socket) -> None:
-        reader, self._launcher_writer = await asyncio.open_connection(sock=sock)
-        while (message := await receive(reader, FROM_LAUNCHER)) is not None:
-            await self._hear_launcher(message)
+        self.launcher.tell(start)
 
     async def _hear_launcher(self, message: FromLauncher) -> None:
         match message:
@@ -402,18 +349,22 @@ class Supervisor:
         failure = self._blame(stopped.exits)
         left = failure is None and bool(stopped.exits)
         step = max(beat.step for beat in self.board.beats())
-        if self._launcher is not None:
-            process.kill_orphans(self._launcher.pid, spare=self._launcher.pid)
+        self.launcher.kill_leftovers()
         self._forget_progress_of_others()
         if failure is not None:
             log.warning("rank %s: %s: %s", failure.rank, failure.reason, _last_line(failure))
-        if self.draining:
+        if self.orders.leaving:
             self._end(termination.preempted(failure) if failure is None else _unsaved(failure))
             return
         self.board.clear()
         if stopped.exits:
             self._stopped_at = time.monotonic()
-        self._say(self.member.stopped(step, failure, left))
+        sayings = self.member.stopped(step, failure, left)
+        if self.orders.pausing:
+            self.last_failure = failure or self.last_failure
+            self._pause()
+        else:
+            self._say(sayings)
 
     def _blame(self, exits: dict[int, int]) -> Failure | None:
         """The local cause. Last words count only if some rank ended by itself."""
@@ -445,12 +396,8 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Collect dead children; if the launcher is among them, this worker is at its end."""
-        dead = process.reap()
-        launcher = self._launcher
-        if launcher is None or launcher.pid not in dead:
-            return
-        code = launcher.returncode = dead[launcher.pid]
-        asyncio.create_task(self._launcher_died(code))  # noqa: RUF006  # it ends this process
+        if (code := self.launcher.ended(process.reap())) is not None:
+            asyncio.create_task(self._launcher_died(code))  # noqa: RUF006  # it ends this process
 
     async def _launcher_died(self, code: int) -> None:
         """Without it no rank can start; but ranks that are done need none."""
@@ -465,7 +412,9 @@ class Supervisor:
             message=failures.tail_text(self.pump.tail(logs.LAUNCHER))
             or f"the launcher left with exit code {code}",
         )
-        self._end(termination.preempted(failure) if self.draining else termination.failed(failure))
+        self._end(
+            termination.preempted(failure) if self.orders.leaving else termination.failed(failure)
+        )
 
 
 def _unsaved(failure: Failure) -> Outcome:

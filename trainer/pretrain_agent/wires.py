@@ -26,6 +26,7 @@ from pretrain_agent.meeting import (
     Letter,
     Meeting,
     Opened,
+    Paused,
 )
 from pretrain_api.wire import Wire
 
@@ -192,10 +193,10 @@ class MeetingClient:
         self._address = (host, port)
         self._hello = hello
         self._hear = hear
-        self._standing: Join | Done | None = None  # said again on every new connection
+        self._standing: Join | Paused | Done | None = None  # said again on every new connection
         self._writer: asyncio.StreamWriter | None = None
 
-    def say(self, message: Join | Opened | Done) -> None:
+    def say(self, message: Join | Paused | Opened | Done) -> None:
         """Tell the leader, now if connected and otherwise as soon as that is so."""
         if not isinstance(message, Opened):
             self._standing = message  # an Opened is asked for again when it was lost

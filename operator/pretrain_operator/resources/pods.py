@@ -103,9 +103,9 @@ def _container(job: PretrainJob, image: str) -> Body:
         ],
         "resources": _resources(workers.resources),
         "readinessProbe": {
-            "httpGet": {"path": "/healthz", "port": names.HTTP_PORT},
+            "httpGet": {"path": "/readyz", "port": names.HTTP_PORT},
             "initialDelaySeconds": 2,
-            "periodSeconds": 2,
+            "periodSeconds": 1,
             "timeoutSeconds": 2,
             "failureThreshold": 5,
         },

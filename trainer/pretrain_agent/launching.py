@@ -1,0 +1,88 @@
+"""The supervisor's side of the launcher: its process, and the link to it."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from pretrain_agent import process
+from pretrain_agent.link import FROM_LAUNCHER, FromLauncher, ToLauncher
+from pretrain_agent.settings import Settings
+from pretrain_agent.wires import encode, receive
+from pretrain_api import names
+
+
+class LauncherProcess:
+    """One launcher, in a session of its own that its ranks share."""
+
+    def __init__(self, settings: Settings, board: Path, output: int) -> None:
+        """``output`` is the descriptor of the pipe it writes its log to."""
+        self._settings = settings
+        self._board = board
+        self._output = output
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    def start(self) -> socket.socket:
+        """Start it; returns our end of the link."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "pretrain_agent.launcher"]
+        command += ["--link", str(theirs.fileno())]
+        command += ["--processes", str(self._settings.processes)]
+        command += ["--entry-point", self._settings.entry_point]
+        command += ["--config", str(self._settings.config)]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={
+                **os.environ,
+                names.ENV_BOARD: str(self._board),
+                # ranks write into pipes and can't see where these end
+                names.ENV_TERMINAL: "1" if sys.stdout.isatty() else "",
+            },
+        )
+        theirs.close()
+        return ours
+
+    async def converse(
+        self, sock: socket.socket, hear: Callable[[FromLauncher], Awaitable[None]]
+    ) -> None:
+        """Hand on what it says, until it ends."""
+        reader, self._writer = await asyncio.open_connection(sock=sock)
+        while (message := await receive(reader, FROM_LAUNCHER)) is not None:
+            await hear(message)
+
+    def tell(self, message: ToLauncher) -> None:
+        """Send a command, if it listens already."""
+        if self._writer is not None:
+            self._writer.write(encode(message))
+
+    def kill(self) -> None:
+        """End it; its fork server and its ranks die with it."""
+        if self._process is not None and self._process.returncode is None:
+            process.kill(self._process.pid)
+
+    def kill_leftovers(self) -> None:
+        """Kill what dead ranks have left behind in the launcher's session."""
+        if self._process is not None:
+            process.kill_orphans(self._process.pid, spare=self._process.pid)
+
+    def ended(self, dead: Mapping[int, int]) -> int | None:
+        """Its exit code if it is among the ``dead`` children, which are reaped behind Popen."""
+        if self._process is None or self._process.pid not in dead:
+            return None
+        self._process.returncode = dead[self._process.pid]
+        return self._process.returncode
+
+    def forget(self) -> None:
+        """It was killed and reaped with all other descendants."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.returncode = -signal.SIGKILL
