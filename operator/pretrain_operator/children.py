@@ -98,7 +98,13 @@ def tidy(seen: Observation, reason: str) -> tuple[Action, ...]:
     return (
         *(delete_pod(pod, reason) for pod in cleanup.strays(seen)),
         *(delete_pod(pod, "Superseded") for pod in cleanup.exhibits_to_drop(seen)),
+        *(force_delete(pod) for pod in cleanup.out_of_reach(seen)),
     )
+
+
+def force_delete(pod: Pod) -> Delete:
+    """Delete the object of a pod whose node doesn't answer."""
+    return Delete(Kind.POD, pod.name, pod.uid, "OutOfReach", grace_seconds=0)
 
 
 def delete_pod(pod: Pod, reason: str) -> Delete:

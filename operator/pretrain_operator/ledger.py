@@ -17,7 +17,8 @@ from pretrain_api.status import (
 )
 from pretrain_api.wire import Order
 from pretrain_operator.observe import Observation, Pod
-from pretrain_operator.policies.diagnosis import Cause, is_gone
+from pretrain_operator.policies import cleanup
+from pretrain_operator.policies.diagnosis import Cause, gone
 from pretrain_operator.progress import report_of_leader, with_progress, with_report
 from pretrain_operator.resources import pod_name
 
@@ -137,8 +138,13 @@ def with_generation(
         workers=workers,
         created=seen.now,
         not_before=not_before,
+        written_off=_written_off(seen),
     )
     return status.model_copy(update={"assignment": assignment})
+
+
+def _written_off(seen: Observation) -> tuple[str, ...]:
+    return tuple(sorted(cleanup.written_off(seen)))
 
 
 def without_echoes(
@@ -147,7 +153,8 @@ def without_echoes(
     """Status with the same generation, which nobody has been told of yet: only ``kept`` stay."""
     workers = _places(seen, assignment.generation, len(assignment.workers), kept)
     before = _in_place_before(seen, seen.status, workers[0])
-    amended = assignment.model_copy(update={"workers": workers, "in_place_before": before})
+    lost = {"written_off": _written_off(seen)}
+    amended = assignment.model_copy(update={"workers": workers, "in_place_before": before} | lost)
     return seen.status.model_copy(update={"assignment": amended})
 
 
@@ -178,7 +185,8 @@ def _new_member(seen: Observation, generation: int, index: int) -> Member:
 
 def staying(seen: Observation) -> tuple[Member, ...]:
     """Members that are not gone, and after them candidates whose pods are there."""
-    members = (member for member in seen.members if not is_gone(seen, member))
+    left = gone(seen)
+    members = (member for member in seen.members if member not in left)
     pods = ((each, seen.pod_of(each)) for each in seen.candidates)
     return (*members, *(each for each, pod in pods if pod and pod.alive))
 
@@ -220,13 +228,14 @@ def _in_place_before(seen: Observation, status: JobStatus, leader: Member) -> in
     return max(0, counted - report.restarts_in_place) if report else counted
 
 
-def without_members(status: JobStatus) -> JobStatus:
+def without_members(seen: Observation, status: JobStatus) -> JobStatus:
     """Status in which nobody is a member; the number of the generation stays."""
     if status.assignment is None:
         return status
     nobody = {"workers": (), "candidates": (), "leader": None}
     free = {"order": Order.NONE, "ordered": None, "until": None}
-    alone = status.assignment.model_copy(update={**nobody, **free})
+    lost = {"written_off": _written_off(seen)}
+    alone = status.assignment.model_copy(update=nobody | free | lost)
     return status.model_copy(update={"assignment": alone})
 
 

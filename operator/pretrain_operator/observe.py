@@ -27,6 +27,7 @@ from pretrain_operator.settings import Settings
 
 Json = Mapping[str, Any]
 
+SILENT_SECONDS = 10.0  # without an answer after which a worker may be lost
 TERMINAL_PHASES = ("Succeeded", "Failed")
 
 
@@ -396,10 +397,12 @@ def _needs_surroundings(job: Job, pods: tuple[Pod, ...]) -> bool:
     return finished or changed or not members or any(member.pod not in known for member in members)
 
 
-async def gather_lost_nodes(cluster: Cluster, pods: Iterable[Pod]) -> frozenset[str]:
-    """Nodes of leaving pods that don't answer. Without the right to read nodes: none."""
+async def gather_lost_nodes(
+    cluster: Cluster, pods: Iterable[Pod], silent: Mapping[str, float]
+) -> frozenset[str]:
+    """Nodes of leaving or silent pods that aren't ready. Without the right to read nodes: none."""
     lost: set[str] = set()
-    for node in {pod.node for pod in pods if pod.leaving and not pod.over and pod.node}:
+    for node in {pod.node for pod in pods if pod.node and _in_doubt(pod, silent)}:
         try:
             body = await _find(cluster, Kind.NODE, "", node)
         except RefusedError:
@@ -407,6 +410,11 @@ async def gather_lost_nodes(cluster: Cluster, pods: Iterable[Pod]) -> frozenset[
         if body is None or not _is_ready(body):
             lost.add(node)
     return frozenset(lost)
+
+
+def _in_doubt(pod: Pod, silent: Mapping[str, float]) -> bool:
+    is_silent = silent.get(pod.name, 0.0) >= SILENT_SECONDS
+    return not pod.over and (pod.leaving or is_silent)
 
 
 def _is_ready(node: Json) -> bool:
@@ -443,7 +451,7 @@ async def gather(
         image=settings.trainer_image,
         pods=pods,
         surroundings=await gather_surroundings(cluster, job, pods),
-        lost_nodes=await gather_lost_nodes(cluster, pods),
+        lost_nodes=await gather_lost_nodes(cluster, pods, silent),
         reports=reports,
         silent=silent,
         worker_peers=settings.worker_peers,

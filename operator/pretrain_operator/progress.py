@@ -15,10 +15,11 @@ from pretrain_api.status import (
     ProgressStatus,
     RestartsStatus,
 )
-from pretrain_api.wire import Progress, WorkerStatus
+from pretrain_api.wire import Phase, Progress, WorkerStatus
 from pretrain_operator.observe import Observation
 
 PROGRESS_SECONDS = 10.0
+TRAINED_PHASES = (Phase.STEP, Phase.EVAL, Phase.SAVE, Phase.DONE)
 
 
 def report_of_leader(seen: Observation) -> WorkerStatus | None:
@@ -27,6 +28,12 @@ def report_of_leader(seen: Observation) -> WorkerStatus | None:
     if report is None or assignment is None or report.generation != assignment.generation:
         return None
     return report
+
+
+def trains(seen: Observation) -> bool:
+    """Whether the leader says that the present generation has trained a step."""
+    report = report_of_leader(seen)
+    return report is not None and report.phase in TRAINED_PHASES
 
 
 def with_progress(status: JobStatus, progress: Progress, now: datetime) -> JobStatus:

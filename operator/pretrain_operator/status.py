@@ -10,17 +10,15 @@ from typing import Literal
 
 from pretrain_api import names
 from pretrain_api.status import Condition, JobPhase, JobStatus, RestartsStatus, WorkersStatus
-from pretrain_api.wire import Phase
 from pretrain_operator.observe import Observation, Pod
 from pretrain_operator.policies.diagnosis import finished_well
-from pretrain_operator.progress import report_of_leader, throttled
+from pretrain_operator.progress import report_of_leader, throttled, trains
 
 INVALID = "Invalid"  # the one reason of Failed that heals
 STARTING_REASONS = ("WorkersStarting", "WorldStarting")
 # A leader that can't be asked (a network policy, a mesh) must not look like one that doesn't train.
 LEADER_SILENCE = timedelta(seconds=60)
 MAX_CONDITION = 32_768  # characters of a condition's message that the API takes
-TRAINED_PHASES = (Phase.STEP, Phase.EVAL, Phase.SAVE, Phase.DONE)
 
 
 def condition_of(status: JobStatus, kind: str) -> Condition | None:
@@ -117,7 +115,7 @@ def training_state(seen: Observation) -> tuple[bool, str, str]:
     before = condition_of(seen.status, names.RUNNING)
     if before and before.status == "True" and report is None:
         return True, before.reason, before.message
-    if (before and before.status == "True") or (report and report.phase in TRAINED_PHASES):
+    if (before and before.status == "True") or trains(seen):
         return True, "Training", f"generation {assignment.generation} trains"
     if report is not None:
         return False, "WorldStarting", f"the leader is in phase {report.phase}"

@@ -25,7 +25,9 @@ def job(order: Order = Order.NONE, leader: str | None = "10.0.0.1:1", *, over: b
     complete = Condition(
         type=names.COMPLETE, status="True", reason="Done", last_transition_time=now
     )
-    found = JobStatus(assignment=assignment, conditions=(complete,) if over else ())
+    found = JobStatus(assignment=assignment)
+    if over:
+        found = found.model_copy(update={"conditions": (complete,), "completion_time": now})
     body = job_body() | {"status": found.to_dict()}
     return parse_job(body)
 

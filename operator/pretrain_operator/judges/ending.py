@@ -20,15 +20,17 @@ def clear_up(seen: Observation) -> Plan | None:
     """A finished job is never touched again; its leftovers go, and in time the job itself."""
     if not is_finished(seen.status):
         return None
+    completed = holds(seen.status, names.COMPLETE)  # by the generation that holds the root
     # Before the job itself is deleted, and what it owns with it.
     actions: list[Action] = [*children.retain(seen)]
     wakes: list[datetime] = []
     leftovers = cleanup.leftovers(seen.pods)
-    linger = cleanup.linger_until(seen.status, completed=holds(seen.status, names.COMPLETE))
+    linger = cleanup.linger_until(seen.status, completed=completed)
     if leftovers and linger and seen.now < linger:
         wakes.append(linger)
     else:
         actions += [children.delete_pod(pod, "JobFinished") for pod in leftovers]
+    actions += [children.force_delete(p) for p in cleanup.out_of_reach(seen, fenced=completed)]
     expires = cleanup.expires_at(seen.status, seen.job.spec) if seen.job else None
     if expires and seen.now < expires:
         wakes.append(expires)

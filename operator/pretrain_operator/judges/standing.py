@@ -50,7 +50,7 @@ def _wait(seen: Observation) -> Plan:
 
 def _drained(seen: Observation) -> Plan:
     """What the leader's last message says goes into the status before its pod goes."""
-    status = ledger.without_members(ledger.with_attempt(seen, SUSPENDED))
+    status = ledger.without_members(seen, ledger.with_attempt(seen, SUSPENDED))
     return ahead(seen, view(seen, judged(seen, status), throttle=False))
 
 
@@ -78,7 +78,7 @@ def suspend(seen: Observation) -> Plan | None:
         if assignment.leader:
             status = ledger.with_order(seen, seen.status, Order.DRAIN, orders.patience(seen))
         else:  # they were told nothing yet, so there is nobody who could save
-            status = ledger.without_members(ledger.with_attempt(seen, SUSPENDED))
+            status = ledger.without_members(seen, ledger.with_attempt(seen, SUSPENDED))
         return ahead(seen, _suspended(seen, status), notice, *_complaint(seen))
     return Plan(
         actions=(*children.retain(seen), *children.tidy(seen, "Suspended")),

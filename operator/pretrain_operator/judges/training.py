@@ -9,7 +9,7 @@ from pretrain_operator.actions import Notice, Plan
 from pretrain_operator.judges.base import STARTING_POLL_SECONDS, ahead, job_of, seconds_until
 from pretrain_operator.judges.ending import fail
 from pretrain_operator.observe import Observation
-from pretrain_operator.policies import cleanup, deadline, diagnosis, restart
+from pretrain_operator.policies import cleanup, deadline, diagnosis, restart, silence
 from pretrain_operator.policies.restart import GiveUp
 from pretrain_operator.progress import report_of_leader
 from pretrain_operator.report import report
@@ -114,8 +114,8 @@ def _next_look(seen: Observation, status: JobStatus) -> float | None:
 
 
 def poll_seconds(seen: Observation) -> float:
-    """How soon to ask the leader again: about once a step, more often while it starts."""
-    if not holds(seen.status, names.RUNNING):
+    """How soon to ask the leader again: about once a step, more often while it does none."""
+    if not holds(seen.status, names.RUNNING) or silence.stands_still(seen):
         return STARTING_POLL_SECONDS
     found = report_of_leader(seen)
     seconds = found.progress.step_seconds if found else None

@@ -10,7 +10,9 @@ from datetime import datetime, timedelta
 from pretrain_api.job import JobSpec
 from pretrain_api.status import JobStatus
 from pretrain_operator.observe import Observation, Pod
+from pretrain_operator.policies import silence
 from pretrain_operator.policies.diagnosis import is_preempted
+from pretrain_operator.progress import trains
 
 LINGER_SECONDS = 30  # after the leader finished, for the others to finish by themselves
 
@@ -42,14 +44,14 @@ def _members(seen: Observation) -> set[str]:
 def in_the_way(seen: Observation) -> list[Pod]:
     """Pods of an older generation whose ranks may still run, perhaps saving: wait for them.
 
-    A pod on a lost node, or one that outlived the time at which it would be killed, is not waited
+    A pod that was lost, or one that outlived the time at which it would be killed, is not waited
     for: it is fenced out of the checkpoints, and nobody can tell whether it lives.
     """
-    mine = _members(seen)
+    mine, lost = _members(seen), written_off(seen)
     return [
         pod
         for pod in seen.pods
-        if pod.uid not in mine and not pod.over and not _is_written_off(seen, pod)
+        if pod.uid not in mine | lost and not pod.over and not _has_had_its_time(seen, pod)
     ]
 
 
@@ -61,9 +63,45 @@ def written_off_at(pod: Pod) -> datetime | None:
     return pod.kill_at + timedelta(seconds=WRITE_OFF_SECONDS) if pod.kill_at else None
 
 
-def _is_written_off(seen: Observation, pod: Pod) -> bool:
+def _has_had_its_time(seen: Observation, pod: Pod) -> bool:
     limit = written_off_at(pod)
-    return limit is not None and (seen.now >= limit or pod.node in seen.lost_nodes)
+    return limit is not None and seen.now >= limit
+
+
+def written_off(seen: Observation) -> set[str]:
+    """UIDs of the pods that were lost: those noted as such, and those that are by now.
+
+    It is noted with the generation that does without them, because a node may come and go.
+    """
+    assignment, lost = seen.status.assignment, silence.lost(seen)
+    noted = set(assignment.written_off) if assignment else set[str]()
+    return {
+        pod.uid
+        for pod in seen.pods
+        if pod.uid in noted
+        or pod.name in lost
+        or (pod.leaving and not pod.over and pod.node in seen.lost_nodes)
+    }
+
+
+def out_of_reach(seen: Observation, *, fenced: bool | None = None) -> list[Pod]:
+    """Pods that nobody will stop and that can do no harm: their objects may go.
+
+    They were told to leave, their node is lost or their time is over, and a newer generation holds
+    the checkpoint root (``fenced``; unless said otherwise, when the present one trains).
+    """
+    if not (trains(seen) if fenced is None else fenced):
+        return []
+    mine, lost = _members(seen), written_off(seen)
+    return [
+        pod
+        for pod in seen.pods
+        if pod.leaving
+        and not pod.over
+        and pod.uid not in mine
+        and pod.uid in lost
+        and (pod.node in seen.lost_nodes or _has_had_its_time(seen, pod))
+    ]
 
 
 def leftovers(pods: Iterable[Pod]) -> list[Pod]:

@@ -8,11 +8,12 @@ wrong configuration is final at once.
 """
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from pretrain_api.status import MAX_MESSAGE, Member
 from pretrain_api.wire import ExitCode, Result
 from pretrain_operator.observe import Exit, Observation, Pod
+from pretrain_operator.policies import silence
 from pretrain_operator.resources import pod_name
 
 # Reasons the kubelet puts on a pod that it stopped, or never started, for the node's sake. Evicted
@@ -51,10 +52,15 @@ def finished_well(pod: Pod | None) -> bool:
     return pod.exit.code == ExitCode.OK and pod.exit.message.result is Result.COMPLETE
 
 
-def is_gone(seen: Observation, member: Member) -> bool:
-    """The member will not train any more. One whose pod was never seen is yet to be created."""
-    pod = seen.pod_of(member)
-    return member.uid is not None if pod is None else not pod.alive
+def gone(seen: Observation) -> list[Member]:
+    """Members that will not train any more. One whose pod was never seen is yet to be created."""
+    lost = silence.lost(seen)
+    pods = ((member, seen.pod_of(member)) for member in seen.members)
+    return [
+        member
+        for member, pod in pods
+        if (member.uid is not None if pod is None else not pod.alive or pod.name in lost)
+    ]
 
 
 def diagnose(seen: Observation) -> Cause | None:
@@ -64,8 +70,8 @@ def diagnose(seen: Observation) -> Cause | None:
     """
     causes = [
         _cause(seen, member, seen.pod_of(member))
-        for member in seen.members
-        if is_gone(seen, member) and not finished_well(seen.pod_of(member))
+        for member in gone(seen)
+        if not finished_well(seen.pod_of(member))
     ]
     first = min(causes, key=lambda c: (not c.final, c.echo, c.at), default=None)
     # Whoever has been judged already isn't judged again.
@@ -87,10 +93,24 @@ def _cause(seen: Observation, member: Member, pod: Pod | None) -> Cause:
     if pod is None:
         message = f"pod {member.pod} of worker {member.index} is gone"
         return Cause("PodDeleted", message, pod=member.pod, node=member.node)
+    if pod.alive:
+        return _lost(seen, pod)
     final = _final(pod)
     if final is not None:
         return final
     return _taken(seen, pod) or replace(_failed(pod), echo=_is_echo(seen, member, pod))
+
+
+def _lost(seen: Observation, pod: Pod) -> Cause:
+    """A member that runs as far as the cluster knows."""
+    reason, seconds = silence.lost(seen)[pod.name], seen.silent[pod.name]
+    why = {
+        silence.NODE_LOST: f"its node {pod.node} isn't ready",
+        silence.UNREACHABLE: "its world stands still",
+    }
+    message = f"worker {pod.index} ({pod.name}) has not answered for {seconds:.0f} s and"
+    at = seen.now - timedelta(seconds=seconds)
+    return Cause(reason, f"{message} {why[reason]}", at=at, pod=pod.name, node=pod.node)
 
 
 def _final(pod: Pod) -> Cause | None:
@@ -105,7 +125,7 @@ def _taken(seen: Observation, pod: Pod) -> Cause | None:
     at = pod.deleted_at or (pod.exit.finished if pod.exit else None) or BEGINNING
     reason: str | None = pod.disruption
     if reason is None and pod.leaving:
-        reason = "NodeLost" if pod.node in seen.lost_nodes else "PodDeleted"
+        reason = silence.NODE_LOST if pod.node in seen.lost_nodes else "PodDeleted"
     if reason is None and _is_nodes_doing(pod.reason):
         reason = pod.reason
     if reason is None and is_preempted(pod.exit):

@@ -9,8 +9,8 @@ from datetime import datetime
 
 from pretrain_api.status import Member
 from pretrain_api.wire import Order
-from pretrain_operator.observe import Observation
-from pretrain_operator.policies import diagnosis
+from pretrain_operator.observe import Observation, Pod
+from pretrain_operator.policies import cleanup, diagnosis
 
 MARGIN_SECONDS = 10  # beyond the grace period: for the order to arrive and the end to be seen
 DEFAULT_SECONDS = 120  # if no member has a pod any more
@@ -38,13 +38,17 @@ def awaited(seen: Observation) -> list[Member]:
     limit = until(seen)
     if limit is not None and seen.now >= limit:
         return []
-    return [member for member in seen.members if not _obeyed(seen, member)]
+    lost = cleanup.written_off(seen)
+    ended = {m.pod for m in diagnosis.gone(seen) if not _may_save(seen.pod_of(m), lost)}
+    return [m for m in seen.members if m.pod not in ended and not _stands_still(seen, m)]
 
 
-def _obeyed(seen: Observation, member: Member) -> bool:
-    pod = seen.pod_of(member)
-    if pod is None or pod.over:
-        return pod is not None or diagnosis.is_gone(seen, member)
+def _may_save(pod: Pod | None, lost: set[str]) -> bool:
+    """Whether it is being deleted, which takes as long as it saves."""
+    return pod is not None and pod.leaving and not pod.over and pod.uid not in lost
+
+
+def _stands_still(seen: Observation, member: Member) -> bool:
     report, assignment = seen.reports.get(member.pod), seen.status.assignment
     if in_force(seen) is not Order.PAUSE or report is None or assignment is None:
         return False
