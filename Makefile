@@ -11,10 +11,10 @@ CLUSTER ?= devcluster
 export CLUSTER CONTEXT REGISTRY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format generate up down constraints
+.PHONY: help setup demo test unit lint format generate up down constraints bench-recovery soak
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-17s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## Python packages, into .venv
 
@@ -47,6 +47,13 @@ up: setup ## A Kubernetes cluster on this machine, with our images and the opera
 
 down: setup ## Remove that cluster; caches stay
 	@$(BIN)/python -m pretrain_devcluster down
+
+# Both want the machine to themselves. ARGS="--repeats 20", ARGS="--faults 50 --seed 7" and so on.
+bench-recovery: setup ## Seconds that each fault costs, stage by stage, into docs/benchmarks.md (root)
+	@$(BIN)/python -m pretrain_bench.recovery --write $(ARGS)
+
+soak: setup ## 200 random faults at one job, whose end must be the one of an undisturbed run (root)
+	@$(BIN)/python -m pretrain_bench.soak $(ARGS)
 
 constraints: setup ## Renew constraints.txt within the bounds of pyproject.toml
 	@{ sed -n "/^#/p" constraints.txt; $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras pyproject.toml; } > constraints.new
