@@ -15,7 +15,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from pretrain_api.status import MAX_ATTEMPTS, MAX_MESSAGE
-from pretrain_api.wire import TerminationMessage, WorkerStatus
+from pretrain_api.wire import Assignment, TerminationMessage, WorkerStatus
 
 MAX_INTEGER = 2**53  # what every JSON parser reads exactly
 MAX_NUMBER = 1e12  # seconds, tokens per second: far beyond anything measured
@@ -23,6 +23,7 @@ MAX_TIME = 253_402_300_799  # the last second of the year 9999
 REASON = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")  # one CamelCase word
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 UNKNOWN_REASON = "WorkerFailed"
+FAILURES = ("failure", "lastFailure")  # fields that hold a failure
 
 
 def read_status(text: str | bytes) -> WorkerStatus | None:
@@ -43,21 +44,42 @@ def read_termination_message(text: str) -> TerminationMessage | None:
         return None
 
 
+def read_assignment(text: str) -> Assignment | None:
+    """What a worker was told; None if somebody else wrote it."""
+    try:
+        return Assignment.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
 def _parse(text: str | bytes) -> dict[str, Any] | None:
     try:
-        found = bounded(json.loads(text))
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            return None
+        _keep_ends(cast(dict[str, Any], found))
+        document = cast(dict[str, Any], bounded(found))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict):
-        return None
-    document = cast(dict[str, Any], found)
     progress = document.get("progress")
     if isinstance(progress, dict):
         _drop_dateless(cast(dict[str, Any], progress))
-    for key in ("failure", "lastFailure"):
+    for key in FAILURES:
         if isinstance(document.get(key), dict):
             document[key] = _worded(document[key])
     return document
+
+
+def _keep_ends(document: dict[str, Any]) -> None:
+    """Cut the message of a failure to its end, where the tail of a log says what it was.
+
+    Of any other string the start is kept.
+    """
+    for key in FAILURES:
+        failure = cast(dict[str, Any], document.get(key) or {})
+        message = failure.get("message") if isinstance(document.get(key), dict) else None
+        if isinstance(message, str):
+            failure["message"] = message[-MAX_MESSAGE:]
 
 
 def bounded(value: Any) -> Any:

@@ -4,14 +4,21 @@ Everything is derived from the status as it was read back, never from a decision
 """
 
 from pretrain_api import names
-from pretrain_api.job import PretrainJob
+from pretrain_api.job import Hang, PretrainJob
 from pretrain_api.status import Member
-from pretrain_api.wire import Assignment
+from pretrain_api.wire import Assignment, HangDeadlines
 from pretrain_operator.actions import Action, Create, Delete, Patch
+from pretrain_operator.border import read_assignment
 from pretrain_operator.cluster import Kind
 from pretrain_operator.observe import Observation, Pod
 from pretrain_operator.policies import cleanup
-from pretrain_operator.resources import build_claim, build_config, build_pod, build_policy
+from pretrain_operator.resources import (
+    build_claim,
+    build_config,
+    build_pod,
+    build_policy,
+    grace_seconds,
+)
 from pretrain_operator.resources.volumes import owners_for
 
 
@@ -54,10 +61,13 @@ def create_pods(seen: Observation, job: PretrainJob) -> list[Action]:
     assignment = seen.status.assignment
     if assignment and assignment.not_before and seen.now < assignment.not_before:
         return []
+    kept, report = seen.status.checkpoint, seen.leader_report
+    step = report.progress.step_seconds if report else None
+    grace = grace_seconds(job, kept.seconds if kept else None, step)
     return [
         Create(
             Kind.POD,
-            build_pod(job, member.index, member.created_in, seen.image),
+            build_pod(job, member.index, member.created_in, seen.image, grace),
             "MemberMissing",
         )
         for member in (*seen.members, *seen.candidates)
@@ -90,7 +100,23 @@ def assignment_for(seen: Observation, member: Member) -> str | None:
         leader=assignment.leader,
         nonce=assignment.nonce,
         orders=assignment.order,
+        hang=_hang_deadlines(seen, member),
     ).to_json()
+
+
+def _hang_deadlines(seen: Observation, member: Member) -> HangDeadlines | None:
+    """What the user set of recovery.hang; while the spec is invalid, what the member was told."""
+    if seen.job is None:
+        pod = seen.pod_of(member)
+        told = read_assignment(pod.assignment) if pod and pod.assignment else None
+        return told.hang if told else None
+    chosen, usual = seen.job.spec.recovery.hang, Hang()
+    changed = {
+        name.removesuffix("_seconds"): getattr(chosen, name)
+        for name in Hang.model_fields
+        if getattr(chosen, name) != getattr(usual, name)
+    }
+    return HangDeadlines(**changed) if changed else None
 
 
 def tidy(seen: Observation, reason: str) -> tuple[Action, ...]:

@@ -19,7 +19,7 @@ from pretrain_api.wire import Order
 from pretrain_operator.observe import Observation, Pod
 from pretrain_operator.policies import cleanup
 from pretrain_operator.policies.diagnosis import Cause, gone
-from pretrain_operator.progress import report_of_leader, with_progress, with_report
+from pretrain_operator.progress import report_of_leader, with_last_words, with_report
 from pretrain_operator.resources import pod_name
 
 MAX_REASONS = 32
@@ -30,7 +30,7 @@ def with_attempt(seen: Observation, cause: Cause) -> JobStatus:
     status = with_report(seen, seen.status)
     for pod in seen.pods:
         if pod.exit and pod.exit.message and _led(seen, pod):
-            status = with_progress(status, pod.exit.message.progress, seen.now)
+            status = with_last_words(seen, status, pod.exit.message)
     attempts = _bounded((*status.attempts, _attempt(seen, status, cause)))
     return status.model_copy(update={"attempts": attempts})
 

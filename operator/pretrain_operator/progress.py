@@ -15,7 +15,7 @@ from pretrain_api.status import (
     ProgressStatus,
     RestartsStatus,
 )
-from pretrain_api.wire import Phase, Progress, WorkerStatus
+from pretrain_api.wire import Phase, Progress, TerminationMessage, WorkerStatus
 from pretrain_operator.observe import Observation
 
 PROGRESS_SECONDS = 10.0
@@ -49,6 +49,21 @@ def with_progress(status: JobStatus, progress: Progress, now: datetime) -> JobSt
     return status.model_copy(update=update)
 
 
+def with_last_words(seen: Observation, status: JobStatus, last: TerminationMessage) -> JobStatus:
+    """Status with what the leader left behind: news since it was last asked."""
+    status = with_progress(status, last.progress, seen.now)
+    assignment = seen.status.assignment
+    if assignment is None or last.generation != assignment.generation:
+        return status  # its count belongs to another leader's
+    return with_in_place(status, assignment.in_place_before + last.restarts_in_place)
+
+
+def with_in_place(status: JobStatus, count: int) -> JobStatus:
+    """Status with this many restarts in place."""
+    restarts = status.restarts or RestartsStatus()
+    return status.model_copy(update={"restarts": restarts.model_copy(update={"in_place": count})})
+
+
 def progress_status(progress: Progress, now: datetime) -> ProgressStatus:
     """Progress in the form of the status; numbers that are not finite are left out."""
     return ProgressStatus(
@@ -80,6 +95,7 @@ def checkpoint_status(status: JobStatus, progress: Progress) -> CheckpointStatus
         time=datetime.fromtimestamp(int(report.time), UTC),
         path=report.path,
         bytes=report.bytes,
+        seconds=_number(report.seconds or None, 2),
         verified=report.verified,
         skipped=skipped,
     )
@@ -131,11 +147,7 @@ def with_report(seen: Observation, status: JobStatus) -> JobStatus:
     if report is None or assignment is None:
         return status
     status = with_progress(status, report.progress, seen.now)
-    restarts = status.restarts or RestartsStatus()
-    in_place = assignment.in_place_before + report.restarts_in_place
-    status = status.model_copy(
-        update={"restarts": restarts.model_copy(update={"in_place": in_place})}
-    )
+    status = with_in_place(status, assignment.in_place_before + report.restarts_in_place)
     share = goodput(status, report.progress, seen.now)
     return status if share is None else status.model_copy(update={"goodput": share})
 

@@ -4,7 +4,7 @@ from pretrain_api import names
 from pretrain_api.status import JobStatus
 from pretrain_operator.actions import Notice
 from pretrain_operator.observe import Observation
-from pretrain_operator.progress import with_report
+from pretrain_operator.progress import report_of_leader, with_report
 from pretrain_operator.status import (
     STARTING_REASONS,
     condition_of,
@@ -14,6 +14,8 @@ from pretrain_operator.status import (
     training_state,
     view,
 )
+
+HUNG = "Hung"  # the reason of a failure that nobody but a watchdog noticed
 
 
 def report(seen: Observation) -> tuple[JobStatus, tuple[Notice, ...]]:
@@ -45,12 +47,30 @@ def _news(
         for item in skipped
         if item not in known
     ]
+    news += _restarted_in_place(seen, status)
     if value and not holds(seen.status, names.RUNNING):
         news.append(Notice("Training", message))
     elif not value and reason not in STARTING_REASONS:
         warning = Notice(reason, message, warning=True)
         news += unless_said(seen, names.RUNNING, warning, reason)
     return tuple(news)
+
+
+def _restarted_in_place(seen: Observation, status: JobStatus) -> list[Notice]:
+    """What the leader says of the newest restart, if the status is about to count one more."""
+    before = seen.status.restarts.in_place if seen.status.restarts else 0
+    more = (status.restarts.in_place if status.restarts else 0) - before
+    leader = report_of_leader(seen)
+    if more < 1 or leader is None:
+        return []
+    what = "ranks were started again in their pods" + (f", {more} times" if more > 1 else "")
+    failure = leader.last_failure
+    if failure is None:
+        return [Notice("RestartedInPlace", what)]
+    who = "" if failure.rank is None else f"rank {failure.rank}: "
+    why = f"{who}{failure.reason}: {failure.message}".strip().removesuffix(":")
+    hung = failure.reason == HUNG
+    return [Notice("RestartedInPlace", f"{what}; {why}", warning=hung)]
 
 
 def unless_said(

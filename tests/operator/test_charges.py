@@ -33,11 +33,25 @@ async def test_a_pod_that_was_never_told_of_a_generation_is_no_echo(bench: Bench
 async def test_a_free_loss_does_not_cut_the_wait_after_a_failure_short(bench: Bench) -> None:
     await bench.submit(recovery={"backoffSeconds": 60})
     await bench.train()
-    bench.cluster.finish("llama-1-1", 1, message(Result.FAILED, rank=1))
-    await bench.settle()
+    await bench.crash()
+    bench.cluster.finish("llama-1-2", 1, message(Result.FAILED, generation=2, rank=1))
+    assert await bench.settle() == 60
     bench.cluster.advance(1)
     bench.cluster.vanish(Kind.POD, "llama-0-1")
     assert await bench.settle() == 59
+
+
+async def test_the_first_failure_does_not_wait_and_the_wait_then_doubles(bench: Bench) -> None:
+    await bench.submit(recovery={"backoffSeconds": 8, "maxBackoffSeconds": 20})
+    await bench.train()
+    waits = []
+    for generation in range(1, 6):
+        said = message(Result.FAILED, generation=generation, rank=1)
+        bench.cluster.finish(bench.member_pods()[1], 1, said)
+        waits.append(await bench.settle())
+        bench.cluster.advance(waits[-1] or 0)
+        await bench.train()
+    assert waits == [None, 8, 16, 20, 20]
 
 
 async def test_the_budget_ends_the_job_with_the_last_reason(bench: Bench) -> None:

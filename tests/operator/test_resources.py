@@ -10,7 +10,13 @@ from pydantic import ValidationError
 from pretrain_api import names
 from pretrain_api.config import RunConfig
 from pretrain_api.job import PretrainJob
-from pretrain_operator.resources import build_claim, build_config, build_pod, build_policy
+from pretrain_operator.resources import (
+    build_claim,
+    build_config,
+    build_pod,
+    build_policy,
+    grace_seconds,
+)
 from pretrain_operator.testing import job_body
 
 TEMPLATE: dict[str, Any] = {
@@ -78,7 +84,7 @@ def violations(pod: dict[str, Any]) -> list[str]:
     ],
 )
 def test_the_checker_sees_what_it_should(break_it: Any, found: str) -> None:
-    pod = build_pod(job(), 0, 1, "trainer:1")
+    pod = build_pod(job(), 0, 1, "trainer:1", 300)
     break_it(pod["spec"])
     if found == "capabilities":
         pod["spec"]["containers"][0]["securityContext"] = {"capabilities": {"drop": []}}
@@ -86,7 +92,7 @@ def test_the_checker_sees_what_it_should(break_it: Any, found: str) -> None:
 
 
 def test_the_checker_sees_annotations_that_lift_the_confinement() -> None:
-    pod = build_pod(job(), 0, 1, "trainer:1")
+    pod = build_pod(job(), 0, 1, "trainer:1", 300)
     key = "container.apparmor.security.beta.kubernetes.io/trainer"
     pod["metadata"]["annotations"][key] = "unconfined"
     assert violations(pod) == ["AppArmor"]
@@ -114,7 +120,7 @@ def test_pods_are_restricted_and_valid(template: dict[str, Any]) -> None:
         "podTemplate": template,
         "resources": {"limits": {"cpu": 2, "memory": "4Gi", "nvidia.com/gpu": 1}},
     }
-    pod = build_pod(job(workers=workers), 1, 3, "trainer:1")
+    pod = build_pod(job(workers=workers), 1, 3, "trainer:1", 300)
     assert violations(pod) == []
     kubernetes_validate.validate(pod, "1.34", strict=True)
     assert pod["metadata"]["name"] == "llama-1-3"
@@ -126,7 +132,9 @@ def test_pods_are_restricted_and_valid(template: dict[str, Any]) -> None:
 
 
 def test_the_users_choices_reach_the_pod_and_can_not_hide_ours() -> None:
-    pod = build_pod(job(workers={"podTemplate": TEMPLATE, "image": "own:2"}), 0, 1, "trainer:1")
+    pod = build_pod(
+        job(workers={"podTemplate": TEMPLATE, "image": "own:2"}), 0, 1, "trainer:1", 300
+    )
     meta, spec = pod["metadata"], pod["spec"]
     container = spec["containers"][0]
     assert container["image"] == "own:2"
@@ -146,7 +154,7 @@ def test_the_users_choices_reach_the_pod_and_can_not_hide_ours() -> None:
 
 
 def test_everything_a_trainer_writes_to_is_mounted() -> None:
-    pod = build_pod(job(), 0, 1, "trainer:1")
+    pod = build_pod(job(), 0, 1, "trainer:1", 300)
     container = pod["spec"]["containers"][0]
     mounts = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
     env = {item["name"]: item.get("value", "") for item in container["env"]}
@@ -160,7 +168,7 @@ def test_everything_a_trainer_writes_to_is_mounted() -> None:
 
 def test_the_sub_path_alone_is_mounted() -> None:
     volume = {"claimName": "shared", "subPath": "runs/a"}
-    pod = build_pod(job(volumes={"checkpoint": volume}), 0, 1, "trainer:1")
+    pod = build_pod(job(volumes={"checkpoint": volume}), 0, 1, "trainer:1", 300)
     output = next(m for m in pod["spec"]["containers"][0]["volumeMounts"] if "output" in m["name"])
     assert (output["mountPath"], output["subPath"]) == (names.OUTPUT_DIR, "runs/a")
     claim = next(v for v in pod["spec"]["volumes"] if v["name"] == output["name"])
@@ -209,3 +217,18 @@ def test_the_policy_lets_workers_meet_and_others_only_ask() -> None:
     assert [port["port"] for port in status["ports"]] == [names.HTTP_PORT]
     assert status["from"] == peers
     assert "from" not in build_policy(job(), [])["spec"]["ingress"][1]
+
+
+@pytest.mark.parametrize(
+    ("save", "step", "grace"),
+    [(None, None, 120), (10.0, 5.0, 120), (60.0, 7.25, 165), (10_000.0, 1.0, 3600)],
+)
+def test_the_grace_period_leaves_time_to_save(
+    save: float | None, step: float | None, grace: int
+) -> None:
+    assert grace_seconds(job(), save, step) == grace
+
+
+def test_a_grace_period_that_the_user_set_stands() -> None:
+    workers = {"podTemplate": {"terminationGracePeriodSeconds": 7}}
+    assert grace_seconds(job(workers=workers), 100.0, 1.0) == 7

@@ -12,7 +12,7 @@ from pretrain_operator.observe import Observation
 from pretrain_operator.policies import cleanup, deadline, diagnosis
 from pretrain_operator.policies.diagnosis import Cause
 from pretrain_operator.policies.restart import GiveUp
-from pretrain_operator.progress import with_progress
+from pretrain_operator.progress import with_last_words
 from pretrain_operator.status import holds, is_finished, mark, view
 
 
@@ -44,7 +44,7 @@ def complete(seen: Observation) -> Plan | None:
     leader = diagnosis.finished_leader(seen)
     if leader is None or leader.exit is None or leader.exit.message is None:
         return None
-    status = with_progress(seen.status, leader.exit.message.progress, seen.now)
+    status = with_last_words(seen, seen.status, leader.exit.message)
     said = f"trained to the end, step {status.progress.step if status.progress else 0}"
     status = _finish(seen, status, names.COMPLETE, "Completed", said)
     return ahead(seen, status, Notice("Completed", said))

@@ -149,7 +149,9 @@ def is_preempted(ended: Exit | None) -> bool:
 
 
 def _message(what: str, why: str) -> str:
-    return f"{what}: {why.strip()}"[:MAX_MESSAGE] if why.strip() else what
+    """Both in one sentence; of a reason that is too long the end, where a log says what it was."""
+    room = MAX_MESSAGE - len(what) - 2
+    return f"{what}: {why.strip()[-room:]}" if why.strip() else what
 
 
 def _failed(pod: Pod) -> Cause:
@@ -184,7 +186,7 @@ def _from_exit(pod: Pod, ended: Exit, reason: str, *, charged: bool, final: bool
         pod=pod.name,
         node=pod.node,
         rank=failure.rank if failure else None,
-        exit_code=ended.code,
+        exit_code=ended.code if failure is None or failure.exit_code is None else failure.exit_code,
         signal=failure.signal if failure else None,
     )
 

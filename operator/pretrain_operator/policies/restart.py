@@ -1,9 +1,10 @@
 """Whether to start again after a failure, and how soon.
 
 A budget counts charged failures in a sliding window and is emptied by progress, which means a newer
-committed checkpoint: a step without a checkpoint is repeated and is no progress. Within the window
-the wait doubles. Free restarts are not counted, but when they come thick and fast (a pod evicted as
-soon as it runs) they wait as well.
+committed checkpoint: a step without a checkpoint is repeated and is no progress. The first failure
+may have been chance, so the restart after it doesn't wait; within the window the wait then doubles.
+Free restarts are not counted, but when they come thick and fast (a pod evicted as soon as it runs)
+they wait as well.
 """
 
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def decide(cause: Cause, status: JobStatus, recovery: Recovery, now: datetime) -
             f"{charged + 1} failures within {recovery.window_seconds} s without a new checkpoint, "
             f"recovery.maxRestarts is {recovery.max_restarts}; the last one: {cause.message}",
         )
-    return Restart(now + backoff(recovery, charged + 1), charged + 1)
+    return Restart(now + backoff(recovery, charged), charged + 1)
 
 
 def charged_in_window(status: JobStatus, recovery: Recovery, now: datetime) -> int:
@@ -59,11 +60,11 @@ def charged_in_window(status: JobStatus, recovery: Recovery, now: datetime) -> i
     return max(len(recent), status.restarts.charged if status.restarts else 0)
 
 
-def backoff(recovery: Recovery, failures: int) -> timedelta:
-    """Wait before the restart after so many failures in the window."""
-    if failures < 1:
+def backoff(recovery: Recovery, earlier: int) -> timedelta:
+    """Wait before a restart that comes after so many other ones in the window."""
+    if earlier < 1:
         return timedelta()
-    doubled = recovery.backoff_seconds * 2 ** min(failures - 1, 30)
+    doubled = recovery.backoff_seconds * 2 ** min(earlier - 1, 30)
     return timedelta(seconds=min(doubled, recovery.max_backoff_seconds))
 
 

@@ -5,7 +5,7 @@ Names are deterministic, so that creating an object twice is refused instead of 
 
 from pretrain_operator.resources.config import build_config, config_name
 from pretrain_operator.resources.networkpolicy import build_policy, policy_name
-from pretrain_operator.resources.pods import build_pod, pod_name
+from pretrain_operator.resources.pods import build_pod, grace_seconds, pod_name
 from pretrain_operator.resources.volumes import build_claim, claim_name, own_claim_name
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "build_policy",
     "claim_name",
     "config_name",
+    "grace_seconds",
     "own_claim_name",
     "pod_name",
     "policy_name",

@@ -6,6 +6,7 @@ a worker runs again is decided with the whole job in view. The assignment is not
 created; it comes as an annotation once all members have an address.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from pretrain_operator.resources.volumes import claim_name
 Body = dict[str, Any]
 
 DEFAULT_GRACE_SECONDS = 120  # to finish the step, save and leave
+MAX_GRACE_SECONDS = 3600  # a node that is drained waits for it
+SPARE_SECONDS = 30  # beyond what saves took so far: for the order to arrive and the pod to end
 NODE_LOSS_SECONDS = 20  # after which a pod leaves a node that doesn't answer (default: 300)
 SHM_SIZE = "1Gi"  # enough for the loaders and gloo; NCCL wants about 100 MiB per rank
 SCRATCH = "pretrain-scratch"
@@ -34,10 +37,10 @@ def pod_name(job_name: str, index: int, created_in: int) -> str:
     return f"{job_name}-{index}-{created_in}"
 
 
-def build_pod(job: PretrainJob, index: int, created_in: int, image: str) -> Body:
+def build_pod(job: PretrainJob, index: int, created_in: int, image: str, grace: int) -> Body:
     """Pod of worker ``index``, made for generation ``created_in``.
 
-    ``image`` is used if the job names none.
+    ``image`` is used if the job names none; ``grace`` is what :func:`grace_seconds` says.
     """
     template = job.spec.workers.pod_template
     meta = metadata(job.metadata, pod_name(job.metadata.name, index, created_in))
@@ -51,10 +54,10 @@ def build_pod(job: PretrainJob, index: int, created_in: int, image: str) -> Body
     # Moving a worker for better packing costs a restart of everybody.
     keep = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
     meta["annotations"] = {**keep, **template.annotations}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": _spec(job, image)}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": _spec(job, image, grace)}
 
 
-def _spec(job: PretrainJob, image: str) -> Body:
+def _spec(job: PretrainJob, image: str, grace: int) -> Body:
     template = job.spec.workers.pod_template
     spec: Body = {
         "restartPolicy": "Never",
@@ -64,18 +67,26 @@ def _spec(job: PretrainJob, image: str) -> Body:
         "dnsConfig": {
             "options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}]
         },
-        "terminationGracePeriodSeconds": grace_seconds(job),
+        "terminationGracePeriodSeconds": grace,
         "securityContext": _pod_security(),
         "tolerations": _tolerations(template),
-        "containers": [_container(job, image)],
+        "containers": [_container(job, image, grace)],
         "volumes": _volumes(job),
     }
     return spec | _scheduling(job)
 
 
-def grace_seconds(job: PretrainJob) -> int:
-    """Seconds from SIGTERM to SIGKILL."""
-    return job.spec.workers.pod_template.termination_grace_period_seconds or DEFAULT_GRACE_SECONDS
+def grace_seconds(job: PretrainJob, save: float | None, step: float | None) -> int:
+    """Seconds from SIGTERM to SIGKILL: the user's, or what it takes to save and leave.
+
+    ``save`` and ``step`` are the seconds the last of each took; twice that leaves room for a slow
+    one, and for one of each that had just begun.
+    """
+    chosen = job.spec.workers.pod_template.termination_grace_period_seconds
+    if chosen:
+        return chosen
+    measured = 2 * (save or 0.0) + 2 * (step or 0.0) + SPARE_SECONDS
+    return min(max(DEFAULT_GRACE_SECONDS, math.ceil(measured)), MAX_GRACE_SECONDS)
 
 
 def _pod_security() -> Body:
@@ -90,13 +101,13 @@ def _pod_security() -> Body:
     }
 
 
-def _container(job: PretrainJob, image: str) -> Body:
+def _container(job: PretrainJob, image: str, grace: int) -> Body:
     workers = job.spec.workers
     container: Body = {
         "name": names.CONTAINER,
         "image": workers.image or image,
         "command": ["python", "-m", "pretrain_agent"],
-        "env": [*_environment(job), *_plain(workers.pod_template.env)],
+        "env": [*_environment(job, grace), *_plain(workers.pod_template.env)],
         "ports": [
             {"name": "http", "containerPort": names.HTTP_PORT, "protocol": "TCP"},
             {"name": "meeting", "containerPort": names.MEETING_PORT, "protocol": "TCP"},
@@ -122,7 +133,7 @@ def _container(job: PretrainJob, image: str) -> Body:
     return container
 
 
-def _environment(job: PretrainJob) -> list[Body]:
+def _environment(job: PretrainJob, grace: int) -> list[Body]:
     scratch = names.SCRATCH_DIR
     fixed: Mapping[str, str] = {
         names.ENV_CONFIG: f"{names.CONFIG_DIR}/{names.CONFIG_FILE}",
@@ -131,7 +142,7 @@ def _environment(job: PretrainJob) -> list[Body]:
         names.ENV_HTTP_PORT: str(names.HTTP_PORT),
         names.ENV_MEETING_PORT: str(names.MEETING_PORT),
         names.ENV_TERMINATION_LOG: "/dev/termination-log",
-        names.ENV_GRACE_SECONDS: str(grace_seconds(job)),
+        names.ENV_GRACE_SECONDS: str(grace),
         names.ENV_JOB_NAME: job.metadata.name,
         names.ENV_JOB_UID: job.metadata.uid or "",
         "HOME": scratch,
