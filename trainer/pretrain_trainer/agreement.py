@@ -49,10 +49,13 @@ def count(valid_tokens: int, sample_hash: int, ended: bool, order: Order) -> Cou
     )
 
 
-def agree(own: Count) -> Count:
-    """Add up all ranks' contributions. Collective; one int64 all-reduce on the host."""
+def agree(own: Count, control: dist.ProcessGroup) -> Count:
+    """Add up all ranks' contributions. Collective; one int64 all-reduce on the host.
+
+    This is where ranks wait for the one whose data is late, for as long as the control group does.
+    """
     total = torch.tensor(astuple(own), dtype=torch.int64)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=control)
     fields = total.tolist()
     fields[1] %= HASH_MODULUS
     return Count(*fields)

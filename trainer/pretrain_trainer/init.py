@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_trainer import rng
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.models.base import Constant, Distribution, LanguageModel, Normal
 from pretrain_trainer.parallel.layout import Placement, placement_of
 
@@ -21,7 +22,9 @@ BLOCK_ELEMENTS = 2**14
 
 
 @torch.no_grad()
-def initialise(model: LanguageModel, seed: int, device: torch.device) -> int:
+def initialise(
+    model: LanguageModel, seed: int, device: torch.device, alive: Alive = unwatched
+) -> int:
     """Fill this rank's shard of every parameter, and all buffers, in place.
 
     Args:
@@ -29,6 +32,7 @@ def initialise(model: LanguageModel, seed: int, device: torch.device) -> int:
         seed: the run's seed.
         device: where numbers are drawn; results are equal between devices of one kind. Shards may
             live elsewhere, as they do under CPU offload.
+        alive: called for every parameter.
 
     Returns:
         How many numbers this rank drew.
@@ -37,6 +41,7 @@ def initialise(model: LanguageModel, seed: int, device: torch.device) -> int:
     drawn = 0
     for name, parameter in model.named_parameters():
         drawn += _fill(placement_of(parameter), distributions[name], (seed, name), device)
+        alive()
     model.init_buffers()
     return drawn
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain_trainer.data.loader import Loader
@@ -48,9 +49,13 @@ class TrainState:
 
 
 def state_tensors(
-    state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader
+    state: TrainState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    control: dist.ProcessGroup,
 ) -> dict[str, Any]:
-    """Everything a checkpoint holds. Collective.
+    """Everything a checkpoint holds. Collective, in the control group.
 
     The weights and moments are the live ones, everything else are copies.
     """
@@ -59,7 +64,7 @@ def state_tensors(
         "optimizer": optimizer_state(model, optimizer),
         "lr_scheduler": {"step": torch.tensor(state.schedule_step)},
         "data_loader": {
-            "cursors": gather_rows(loader.cursors()),
+            "cursors": gather_rows(loader.cursors(), control),
             "fingerprint": _from_text(loader.fingerprint),
         },
         "train_state": {

@@ -4,8 +4,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -13,7 +15,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from pretrain_api.config import Training
 from pretrain_api.wire import Order
 from pretrain_trainer.agreement import Count, agree, count
-from pretrain_trainer.data.loader import Loader, Microbatch
+from pretrain_trainer.alive import Alive
+from pretrain_trainer.data.loader import Loader, Microbatch, StepBatch
 from pretrain_trainer.errors import HopelessError
 from pretrain_trainer.loss import valid_tokens
 from pretrain_trainer.models.base import LanguageModel
@@ -37,6 +40,14 @@ class Machine:
     loader: Loader
     device: torch.device
     ranks: int  # that see different samples
+    control: dist.ProcessGroup  # in which ranks agree
+
+
+class Fetched(NamedTuple):
+    """This rank's data for one step."""
+
+    batch: StepBatch
+    waited: float  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,23 @@ class StepReport:
     last: bool  # the data ends with this step
 
 
+def fetch(loader: Loader, alive: Alive) -> Fetched:
+    """Wait for the data of the next step. Not collective: ranks whose data is there go ahead.
+
+    Args:
+        loader: of this rank.
+        alive: called while data is on its way.
+
+    Raises:
+        DataError, DataUnavailableError: there is none to be had.
+    """
+    asked = time.monotonic()
+    batch = loader.next_step(alive)
+    return Fetched(batch, time.monotonic() - asked)
+
+
 def run_step(
-    machine: Machine, state: TrainState, training: Training, order: Order
+    machine: Machine, state: TrainState, training: Training, order: Order, data: Fetched
 ) -> StepReport | None:
     """Take one step and note it in ``state``; None if there was nothing left to train on.
 
@@ -62,12 +88,9 @@ def run_step(
         HopelessError: gradients are not finite, and ``training.non_finite`` asks to stop or has
             skipped long enough.
     """
-    asked = time.monotonic()
-    batch = machine.loader.next_step()
-    data_wait = time.monotonic() - asked
-
+    batch = data.batch
     valid = sum(valid_tokens(microbatch.labels) for microbatch in batch.microbatches)
-    agreed = agree(count(valid, batch.sample_hash, batch.ended, order))
+    agreed = agree(count(valid, batch.sample_hash, batch.ended, order), machine.control)
     ended = agreed.ended == machine.ranks
     if ended and agreed.valid_tokens == 0:
         return None
@@ -84,7 +107,7 @@ def run_step(
     state.advance(agreed.valid_tokens, agreed.sample_hash, finite)
     if not finite:
         tolerate(state, training)
-    return StepReport(loss, grad_norm, rate, agreed, data_wait, last=ended)
+    return StepReport(loss, grad_norm, rate, agreed, data.waited, last=ended)
 
 
 def accumulate(machine: Machine, microbatches: list[Microbatch], step_tokens: int) -> Tensor:

@@ -5,9 +5,13 @@ takes orders, so that a save before a shutdown needs no signal. Without an agent
 nothing is said and nothing ordered.
 """
 
+import time
+
 from pretrain_agent.board import Board
 from pretrain_api.wire import Failure, Order, Phase, Progress
 from pretrain_trainer.settings import Place
+
+QUIET_SECONDS = 0.5  # between two signs of life in one phase
 
 
 class Supervision:
@@ -18,11 +22,22 @@ class Supervision:
         self._local_rank = place.local_rank
         self._board = Board.open(place.board) if place.board else None
         self._obeyed = Order.NONE
+        self._where = (Phase.STARTING, 0)
+        self._said = -QUIET_SECONDS  # when, on the monotonic clock
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Report where this rank is; each report is also a sign of life."""
+        """Report where this rank is, after so many finished steps; also a sign of life."""
+        self._where, self._said = (phase, step), time.monotonic()
         if self._board:
             self._board.publish(self._local_rank, phase, step)
+
+    def alive(self) -> None:
+        """Give a sign of life from within a phase, if the last one was a while ago.
+
+        For the thread that enters phases only: the board has one writer per rank.
+        """
+        if time.monotonic() - self._said >= QUIET_SECONDS:
+            self.enter(*self._where)
 
     def new_order(self) -> Order:
         """The order in force if it wasn't returned before, else NONE: an order is obeyed once.

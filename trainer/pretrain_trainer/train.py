@@ -16,7 +16,7 @@ from pretrain_api.wire import ExitCode, Order, Phase
 from pretrain_trainer.endings import verdicts
 from pretrain_trainer.logs import set_up_logs
 from pretrain_trainer.settings import Place, load_config
-from pretrain_trainer.step import run_step
+from pretrain_trainer.step import fetch, run_step
 from pretrain_trainer.supervision import Supervision
 from pretrain_trainer.trainer import Trainer, build_trainer
 from pretrain_trainer.world import World, joined_world, shorten_timeouts
@@ -67,9 +67,11 @@ def train(trainer: Trainer) -> Order:
     phase = Phase.FIRST_STEP
     trainer.telemetry.start()
     while state.step < training.steps:
+        trainer.supervision.enter(Phase.DATA, state.step)
+        data = fetch(trainer.machine.loader, trainer.supervision.alive)
         trainer.supervision.enter(phase, state.step)
         order = trainer.supervision.new_order()
-        report = run_step(trainer.machine, state, training, order)
+        report = run_step(trainer.machine, state, training, order, data)
         if report is None:
             break
         ends = report.last or state.step == training.steps

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from pretrain_api.config import RunConfig
 from pretrain_api.wire import Order, Phase
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.checkpoint.errors import SaveFailedError
 from pretrain_trainer.checkpoint.manager import CheckpointManager, Identity
 from pretrain_trainer.data.loader import build_loader
@@ -124,7 +126,9 @@ class Trainer:
 
     def _tensors(self) -> dict[str, object]:
         machine = self.machine
-        return state_tensors(self.state, machine.model, machine.optimizer, machine.loader)
+        return state_tensors(
+            self.state, machine.model, machine.optimizer, machine.loader, machine.control
+        )
 
     def _check_complete(self, step: int) -> bool:
         """A checkpoint of weights alone ends a run; more steps than it has can't be added."""
@@ -151,14 +155,18 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
     training = config.training
     tokenizer = load_tokenizer(config.model.hf_assets_path)
     loader = build_loader(
-        config, tokenizer, dp_rank=world.data_rank, dp_degree=world.plan.dp_degree
+        config,
+        tokenizer,
+        dp_rank=world.data_rank,
+        dp_degree=world.plan.dp_degree,
+        alive=supervision.alive,
     )
     model = build_model(
         config.model, tokenizer.vocab_size, training.seq_len, getattr(torch, training.dtype)
     )
     log_start(config, world, model)
     parallelize(model, config, world.mesh, world.device)
-    initialise(model, training.seed or 0, world.device)
+    initialise(model, training.seed or 0, world.device, supervision.alive)
     optimizer = build_optimizer(model, config.optimizer)
     factor = schedule(config.lr_scheduler, training.steps)
     machine = Machine(
@@ -169,10 +177,11 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
         loader=loader,
         device=world.device,
         ranks=world.plan.dp_degree,
+        control=world.control,
     )
     telemetry = Telemetry(config, world, model, supervision.known_progress())
     made_with = fingerprint(model, tokenizer)
-    checkpoints = open_checkpoints(config, world.place, made_with)
+    checkpoints = open_checkpoints(config, world.place, made_with, world.control, supervision.alive)
     return Trainer(config, world, machine, supervision, telemetry, checkpoints)
 
 
@@ -183,9 +192,13 @@ def fingerprint(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def open_checkpoints(
-    config: RunConfig, place: Place, made_with: dict[str, str]
+    config: RunConfig,
+    place: Place,
+    made_with: dict[str, str],
+    control: dist.ProcessGroup | None = None,
+    alive: Alive = unwatched,
 ) -> CheckpointManager | None:
-    """The run's checkpoints, if they are enabled. Collective.
+    """The run's checkpoints, if they are enabled.
 
     Options that choose where a run begins apply to its first start only: restarted after a failure,
     it goes on from where it was, or it would never get anywhere.
@@ -205,4 +218,6 @@ def open_checkpoints(
         round=place.round,
     )
     root = Path(config.job.dump_folder) / config.checkpoint.folder
-    return CheckpointManager(root, options, identity, recovering=not place.first_start)
+    return CheckpointManager(
+        root, options, identity, control, alive=alive, recovering=not place.first_start
+    )

@@ -1,9 +1,13 @@
 """Joining the world: device, process group, mesh; and leaving it in order.
 
-There is one process group with two backends: gloo for tensors on the host, nccl for those on a GPU.
-What ranks agree on every step is on the host, so it needs no synchronisation with the GPU, and it
-works without one. Nothing here happens at import, because the fork server that imports this module
-must not touch a device.
+Two groups span the whole world. Gradients travel in torch's default group, over nccl where there is
+a GPU, and once training runs a rank that is a minute late with them has a problem. What ranks have
+to tell each other on the host (what a step consists of, everything about checkpoints) travels in a
+control group over gloo: there a rank may be late because its data is, or its storage, and that is
+no problem at all. So the two have different timeouts.
+
+Nothing here happens at import, because the fork server that imports this module must not touch a
+device.
 """
 
 import os
@@ -30,14 +34,20 @@ from pretrain_trainer.settings import Place
 
 GPU_FILES: Final = Path("/dev")
 
+# Slow data and slow storage are no failures: ranks wait this long for each other. A peer that dies
+# is noticed at once, because its connection closes; one that hangs is the supervisor's to find, in
+# the age of its last beat. This is for runs without one.
+CONTROL_TIMEOUT: Final = timedelta(hours=2)
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This rank's device and its place in the mesh."""
+    """This rank's device, its place in the mesh, and the group in which ranks talk on the host."""
 
     place: Place
     device: torch.device
     mesh: DeviceMesh
+    control: dist.ProcessGroup
     plan: BatchPlan
     data_rank: int
 
@@ -68,7 +78,9 @@ def joined_world(config: RunConfig, place: Place) -> Iterator[World]:
         timeout=timedelta(seconds=config.comm.init_timeout_seconds),
     )
     mesh = build_mesh(degrees, device)
-    yield World(place, device, mesh, plan, data_rank(mesh))
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    assert isinstance(control, dist.ProcessGroup), "every rank is a member"
+    yield World(place, device, mesh, control, plan, data_rank(mesh))
     dist.destroy_process_group()
 
 
@@ -141,7 +153,7 @@ def make_deterministic(enabled: bool) -> None:
 def shorten_timeouts(world: World, seconds: int) -> None:
     """Once compilation and connection set-up are over, expect collectives to be quick.
 
-    Only those of training: groups made elsewhere, such as the checkpoint's, wait for storage.
+    Only those of gradients: in the control group ranks wait for data and for storage.
     """
     # Public since torch 2.15, deprecated under its old name there.
     change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout

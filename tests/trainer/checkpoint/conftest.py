@@ -96,8 +96,9 @@ def _manager_maker(root: Path) -> MakeManager:
     ) -> CheckpointManager:
         identity = Identity(uid, generation, nonce, fingerprint or {}, attempt)
         section = Checkpoint(enable=True, **config)
+        group = dist.group.WORLD if dist.is_initialized() else None
         return CheckpointManager(
-            root, section, identity, recovering=recovering, chunk_bytes=chunk_bytes
+            root, section, identity, group, recovering=recovering, chunk_bytes=chunk_bytes
         )
 
     return make

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
@@ -201,7 +202,7 @@ def test_refusals_reach_every_rank_as_the_same_error(run_ranks, manager):
 
 def test_an_unforeseen_error_of_one_rank_is_raised_by_all(run_ranks):
     def work(rank: int) -> tuple[str, str]:
-        peers = Peers()
+        peers = Peers(dist.group.WORLD)
 
         def fail() -> int:
             if rank == 1:
@@ -222,7 +223,7 @@ def test_an_unforeseen_error_of_one_rank_is_raised_by_all(run_ranks):
 
 def test_values_travel_as_json(run_ranks):
     def talk(rank: int) -> list[Any]:
-        peers = Peers()
+        peers = Peers(dist.group.WORLD)
         mine = {"rank": rank, "text": "é" * (rank * 1000)}
         gathered = peers.gather(mine)
         answer = peers.broadcast([1, None, "x"] if rank == 0 else None)

@@ -12,6 +12,7 @@ from pretrain_api.config import RunConfig
 from pretrain_api.wire import Order
 from pretrain_trainer import step as step_module
 from pretrain_trainer.agreement import HASH_MODULUS, agree, count
+from pretrain_trainer.alive import unwatched
 from pretrain_trainer.loss import cross_entropy_sum, valid_tokens
 from pretrain_trainer.settings import Place
 from pretrain_trainer.supervision import Supervision
@@ -23,6 +24,12 @@ MakeConfig = Callable[..., RunConfig]
 
 def trainer_of(config: RunConfig, world: World) -> Trainer:
     return build_trainer(config, world, Supervision(world.place))
+
+
+def take_step(trainer: Trainer) -> step_module.StepReport | None:
+    machine, training = trainer.machine, trainer.config.training
+    data = step_module.fetch(machine.loader, unwatched)
+    return step_module.run_step(machine, trainer.state, training, Order.NONE, data)
 
 
 def poisoned_steps(config: RunConfig, poisoned: list[int]) -> dict[str, Any]:
@@ -42,7 +49,7 @@ def poisoned_steps(config: RunConfig, poisoned: list[int]) -> dict[str, Any]:
             weight = trainer.machine.model.norm.weight
             before = weight.full_tensor().clone()  # pyright: ignore[reportCallIssue]  # a DTensor
             try:
-                report = step_module.run_step(machine, state, config.training, Order.NONE)
+                report = take_step(trainer)
             except step_module.HopelessError as error:
                 return result | {"error": str(error), "step": state.step}
             assert report is not None
@@ -86,10 +93,9 @@ def communications(config: RunConfig) -> dict[str, int]:
 
     with joined_world(config, Place.from_environment(os.environ)) as world:
         trainer = trainer_of(config, world)
-        arguments = (trainer.machine, trainer.state, config.training, Order.NONE)
-        step_module.run_step(*arguments)
+        take_step(trainer)
         with CommDebugMode() as seen:
-            step_module.run_step(*arguments)
+            take_step(trainer)
         return {str(name): calls for name, calls in seen.get_comm_counts().items()}
 
 
@@ -111,7 +117,10 @@ def agreed(orders: list[Order]) -> tuple[Any, str]:
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    total = agree(count(10 + rank, HASH_MODULUS - 1 - rank, rank == 0, orders[rank]))
+    own = count(10 + rank, HASH_MODULUS - 1 - rank, rank == 0, orders[rank])
+    everybody = dist.group.WORLD
+    assert everybody is not None
+    total = agree(own, everybody)
     return (total.valid_tokens, total.sample_hash, total.ended), total.order.value
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pretrain_trainer.alive import Alive
 from pretrain_trainer.data import cache, corpus
 from pretrain_trainer.data.corpus import JSONL, PIECE, TEXT, Corpus, Kind, split_lines, split_text
 from pretrain_trainer.data.errors import DataError
@@ -99,6 +100,15 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def test_every_block_read_for_the_index_is_a_sign_of_life(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "BLOCK", 4)
+    signs: list[str] = []
+    Corpus(str(folder), JSONL, lambda: signs.append("alive"))
+    assert len(signs) == 3 + 2  # of the 9 bytes of b.jsonl, and of the 6 of a.jsonl
+
+
 def test_documents_are_numbered_by_file_name_and_place(folder: Path) -> None:
     found = Corpus(str(folder), JSONL)
     assert [found.read(n).strip() for n in range(len(found))] == [b"b1", b"b2", b"b3", b"a1"]
@@ -181,9 +191,9 @@ def test_the_index_is_made_once_and_again_when_a_file_changes(
     made: list[int] = []
     index = corpus._index
 
-    def counted(files: list[tuple[str, Path]], kind: Kind) -> np.ndarray:
+    def counted(files: list[tuple[str, Path]], kind: Kind, alive: Alive) -> np.ndarray:
         made.append(len(files))
-        return index(files, kind)
+        return index(files, kind, alive)
 
     monkeypatch.setattr(corpus, "_index", counted)
     first, again = Corpus(str(folder), JSONL), Corpus(str(folder), JSONL)

@@ -144,3 +144,12 @@ def test_a_lane_without_documents_is_no_endless_loop() -> None:
     documents = HubSource("some/data", Empty(), 1, None).open({0: 0})[0]
     with pytest.raises(DataError, match="some/data: no document in shard 0"):
         next(documents)
+
+
+def test_documents_read_over_are_signs_of_life(copy: str) -> None:
+    source = HubSource.load(copy, 1, epochs=1)
+    used = SHARDS * DOCUMENTS - 2
+    signs: list[str] = []
+    documents = source.open({0: used}, lambda: signs.append("alive"))[0]
+    next(documents)
+    assert len(signs) == used + 1

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain_api.mesh import BatchPlan
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.loader import Loader
 from pretrain_trainer.data.order import Order
 from pretrain_trainer.data.packing import Tokens
@@ -25,7 +26,9 @@ class Memory:
         self.lengths = lengths
         self.order = order
 
-    def open(self, first: Mapping[int, int]) -> dict[int, Iterator[Document]]:
+    def open(
+        self, first: Mapping[int, int], moved: Alive = unwatched
+    ) -> dict[int, Iterator[Document]]:
         return {stream: self.documents(stream, ordinal) for stream, ordinal in first.items()}
 
     def documents(self, stream: int, ordinal: int) -> Iterator[Document]:

@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 
+from pretrain_trainer.data import prefetch
 from pretrain_trainer.data.prefetch import Prefetcher
 
 DEADLINE = 20  # seconds
@@ -78,3 +79,27 @@ def test_closing_does_not_wait_for_a_call_that_is_stuck() -> None:
         assert not closing.is_alive()
     finally:
         network.set()
+
+
+def test_signs_of_life_follow_the_thread_and_not_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the thread stands still nothing is said, however often the waiting side looks."""
+    monkeypatch.setattr(prefetch, "LOOK_SECONDS", 0.01)
+    moved, go_on = threading.Event(), threading.Semaphore(0)
+    signs: list[int] = []
+
+    def produce() -> int:
+        for _ in range(3):
+            moved.set()
+            assert go_on.acquire(timeout=DEADLINE)
+        return 1
+
+    def alive() -> None:
+        assert not moved.is_set()
+        signs.append(len(signs))
+        go_on.release()
+
+    prefetcher = Prefetcher(produce, 1, moved)
+    assert prefetcher.get(alive) == 1
+    assert signs == [0, 1, 2]
+    go_on.release(3)  # of the next result, which nobody waits for
+    prefetcher.close()

@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
+from pretrain_trainer.alive import Alive, unwatched
+
 from .errors import DamagedError
 
 T = TypeVar("T")
@@ -79,14 +81,22 @@ class ChunkWriter:
     It is the ``write``/``flush`` kind of object that torch.save accepts. ``failure`` is the error
     that the storage answered with, if it did.
 
+    Args:
+        path: of the file, which must not exist.
+        chunk_bytes: how much is written, and digested, at once.
+        alive: called for every chunk.
+
     Raises:
         OSError: the file exists, or the storage failed; then nothing about the file is certain.
     """
 
-    def __init__(self, path: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, path: Path, chunk_bytes: int = CHUNK_BYTES, alive: Alive = unwatched
+    ) -> None:
         self._handle = os.open(path, _CREATE, 0o644)
         self._buffer = bytearray(chunk_bytes)
         self._fill = 0
+        self._alive = alive
         self._digests: list[str] = []
         self.failure: OSError | None = None
         self._beside = ThreadPoolExecutor(1, "digest")
@@ -137,6 +147,7 @@ class ChunkWriter:
             finally:  # the digest must not look at a buffer that is going away
                 self._digests.append(value.result())
         self._fill = 0
+        self._alive()
 
 
 class VerifiedFile:
@@ -148,15 +159,22 @@ class VerifiedFile:
         expected: what the manifest says about the file. None trusts the file as it is: for
             checkpoints of other makers that have no manifest.
         chunk_bytes: size of all chunks but the last.
+        alive: called for every chunk, in the thread that asks for it.
 
     Raises:
         DamagedError: the file's size, or a chunk that was touched, is not as expected.
     """
 
     def __init__(
-        self, handle: int, name: str, expected: FileDigest | None, chunk_bytes: int
+        self,
+        handle: int,
+        name: str,
+        expected: FileDigest | None,
+        chunk_bytes: int,
+        alive: Alive = unwatched,
     ) -> None:
         self._handle = handle
+        self._alive = alive
         self._name = name
         self._digests = None if expected is None else expected.chunks
         self._chunk_bytes = chunk_bytes
@@ -178,12 +196,12 @@ class VerifiedFile:
             start = index * self._chunk_bytes
             return memoryview(chunk)[max(offset - start, 0) : offset + length - start]
 
-        return b"".join(_in_parallel(part, range(first, last + 1)))
+        return b"".join(_in_parallel(part, range(first, last + 1), self._alive))
 
     def verify(self, share: int = 0, of: int = 1) -> None:
         """Read and check every ``of``-th chunk, beginning with chunk ``share``."""
         chunks = -(-self.bytes // self._chunk_bytes)
-        _in_parallel(self._check, range(share, chunks, of))
+        _in_parallel(self._check, range(share, chunks, of), self._alive)
 
     def forget_cached(self) -> None:
         """Ask the kernel to drop its copy, so that the next read really asks the storage."""
@@ -217,24 +235,27 @@ class VerifiedFile:
 class Folder:
     """An open folder. Files are opened relative to it, never through a symbolic link.
 
+    ``alive`` is for whoever reads those files.
+
     Raises:
         DamagedError: there is no such folder or file, or it is not a plain one.
     """
 
-    def __init__(self, path: Path, handle: int) -> None:
+    def __init__(self, path: Path, handle: int, alive: Alive) -> None:
         self.path = path
+        self.alive = alive
         self._handle = handle
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path) -> Iterator["Folder"]:
+    def open(cls, path: Path, alive: Alive = unwatched) -> Iterator["Folder"]:
         """Open ``path``, whose last part must not be a symbolic link."""
         try:
             handle = os.open(path, _READ | os.O_DIRECTORY)
         except OSError as error:
             raise DamagedError(f"{path.name} can't be opened: {error.strerror}") from error
         try:
-            yield cls(path, handle)
+            yield cls(path, handle, alive)
         finally:
             os.close(handle)
 
@@ -277,9 +298,15 @@ def _write_all(handle: int, data: memoryview) -> None:
         data = data[os.write(handle, data) :]
 
 
-def _in_parallel(work: Callable[[int], T], indices: range) -> list[T]:
+def _in_parallel(work: Callable[[int], T], indices: range, alive: Alive) -> list[T]:
     """``work`` of all indices; reading and digesting leave the interpreter lock alone."""
     if len(indices) <= 1:
-        return [work(index) for index in indices]
+        return [_living(work(index), alive) for index in indices]
     with ThreadPoolExecutor(min(_THREADS, len(indices)), "verify") as pool:
-        return list(pool.map(work, indices))
+        return [_living(result, alive) for result in pool.map(work, indices)]
+
+
+def _living(result: T, alive: Alive) -> T:
+    """A result, whose being there is a sign of life."""
+    alive()
+    return result

@@ -36,7 +36,7 @@ def promise(peers: Peers, path: Path) -> Manifest:
     """
 
     def look() -> str:
-        with reading(), Folder.open(path) as folder:
+        with reading(), Folder.open(path, peers.alive) as folder:
             found = manifest.read(folder)
             manifest.check_sizes(folder, found)
             return manifest.encode(found).decode()
@@ -52,7 +52,7 @@ def verify(peers: Peers, path: Path, promised: Manifest) -> None:
     """
 
     def check() -> None:
-        with reading(), Folder.open(path) as folder:
+        with reading(), Folder.open(path, peers.alive) as folder:
             manifest.verify(folder, promised, peers.rank, peers.size)
 
     peers.everywhere(check)
@@ -88,7 +88,7 @@ def fill_foreign(peers: Peers, path: Path, state: dict[str, Any], model: str) ->
     """
 
     def look() -> tuple[str | None, list[str], bool]:
-        with reading(), Folder.open(path) as folder:
+        with reading(), Folder.open(path, peers.alive) as folder:
             signed = folder.has(manifest.NAME)
             known = manifest.encode(manifest.read(folder)).decode() if signed else None
             names = [name for name in os.listdir(path) if _DATA_FILE.match(name)]
@@ -142,7 +142,7 @@ def _fill(
     state: dict[str, Any],
 ) -> None:
     def plan() -> tuple[DefaultLoadPlanner, LoadPlan, Metadata]:
-        with reading(), Folder.open(path) as folder:
+        with reading(), Folder.open(path, peers.alive) as folder:
             table = open_table(folder, expected, chunk_bytes)
         try:
             return (*planning.request(state, table), table)
@@ -153,7 +153,7 @@ def _fill(
             ) from error
 
     def read() -> None:
-        with reading(), Folder.open(path) as folder:
+        with reading(), Folder.open(path, peers.alive) as folder:
             tensors.read(folder, expected, chunk_bytes, table, steps, planner)
 
     # All plans before any read: a checkpoint that doesn't fit must not fill half of the tensors.

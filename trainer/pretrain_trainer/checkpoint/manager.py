@@ -44,6 +44,7 @@ import torch.distributed as dist
 
 from pretrain_api.config import Checkpoint
 from pretrain_api.wire import CheckpointReport, SkippedCheckpoint
+from pretrain_trainer.alive import Alive, unwatched
 
 from . import loading, manifest, planning
 from .errors import (
@@ -90,7 +91,8 @@ class CheckpointManager:
         root: folder of the ``step-N`` folders, shared by all ranks.
         config: the run's ``checkpoint`` section.
         identity: who this is; see :class:`Identity`.
-        group: ranks that save together, with a gloo backend. None makes an own group of all.
+        group: ranks that save together, with a gloo backend; None is a world of one.
+        alive: called by each rank whenever its reading, writing or deleting gets on.
         recovering: this start goes on from where the run was, which is its newest checkpoint as a
             whole. checkpoint.load_step and, of the run's own checkpoints, exclude_from_loading are
             about a beginning: they are ignored. A run that has no checkpoint yet begins again.
@@ -104,6 +106,7 @@ class CheckpointManager:
         identity: Identity,
         group: dist.ProcessGroup | None = None,
         *,
+        alive: Alive = unwatched,
         recovering: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -112,7 +115,7 @@ class CheckpointManager:
         self._excluded = () if recovering else config.exclude_from_loading  # of our own steps
         self._identity = identity
         self._root = Root(root, identity)
-        self._peers = Peers(group)
+        self._peers = Peers(group, alive)
         self._chunk_bytes = chunk_bytes
         self._entered = False
         self._safe: int | None = None  # newest step that was read back after it was saved
@@ -325,6 +328,7 @@ class CheckpointManager:
             try:
                 self._root.remove(step)
                 removed.append(step)
+                self._peers.alive()
             except OSError as error:
                 logger.warning("step-%d could not be deleted: %s", step, error)
         return removed

@@ -156,7 +156,9 @@ def verify(
     dealt = 0
     for entry in manifest.files:
         with folder.file(entry.name) as handle:
-            file = VerifiedFile(handle, entry.name, entry.expected, manifest.chunk_bytes)
+            file = VerifiedFile(
+                handle, entry.name, entry.expected, manifest.chunk_bytes, folder.alive
+            )
             if cold:
                 file.forget_cached()
             file.verify((share - dealt) % of, of)

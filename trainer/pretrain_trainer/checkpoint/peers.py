@@ -6,24 +6,21 @@ digests, verdicts), so it goes as JSON. The second job of this module is that no
 waiting: work that may fail on one rank ends in a collective verdict, after which either all ranks
 go on or all raise the same error.
 
-Without torch.distributed a process is simply a world of one.
+Without a group a process is simply a world of one.
 """
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pretrain_trainer.alive import Alive, unwatched
+
 from .errors import BY_NAME, CheckpointError
 
 T = TypeVar("T")
-
-# Slow storage is no failure: ranks wait this long for each other. A peer that dies is noticed at
-# once, because its connection closes; one that hangs shows in the age of its last beat.
-PATIENCE = timedelta(hours=2)
 
 _MESSAGE_LIMIT = 2000  # characters of an error's text that travel to the peers
 
@@ -32,17 +29,14 @@ class Peers:
     """The ranks that save and load together; rank 0 speaks for all.
 
     Args:
-        group: a process group with a gloo (CPU) backend. None makes an own gloo group over the
-            whole world (then the constructor is collective), or a world of one where
-            torch.distributed is not initialised.
+        group: a process group with a gloo (CPU) backend, and a timeout that bears with slow
+            storage. None is a world of one.
+        alive: what this rank's work calls when it gets on; waiting for others is no work.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        if group is None and dist.is_available() and dist.is_initialized():
-            everybody = dist.new_group(backend="gloo", timeout=PATIENCE)
-            assert isinstance(everybody, dist.ProcessGroup), "every rank is a member"
-            group = everybody
+    def __init__(self, group: dist.ProcessGroup | None = None, alive: Alive = unwatched) -> None:
         self._group = group
+        self.alive = alive
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
 

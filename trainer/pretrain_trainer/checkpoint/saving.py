@@ -83,7 +83,7 @@ class Save:
             items = [plan.items[position] for position in mine]
             path = folder / planning.data_file(self.peers.rank)
             with self._storage():
-                return tensors.write(path, items, planner, self.chunk_bytes)
+                return tensors.write(path, items, planner, self.chunk_bytes, self.peers.alive)
 
         written = self.peers.gather(self.peers.everywhere(write_own)) or []
 
@@ -104,7 +104,8 @@ class Save:
 
     def _seal(self, folder: Path, table: Metadata, files: dict[str, FileDigest]) -> bytes:
         """Write the table of contents and, last, the manifest."""
-        with ChunkWriter(folder / manifest.METADATA, self.chunk_bytes) as file:
+        alive = self.peers.alive
+        with ChunkWriter(folder / manifest.METADATA, self.chunk_bytes, alive) as file:
             file.write(metadata.dump(table))
             files = {manifest.METADATA: file.finish(), **files}
         entries = [FileEntry(name=n, bytes=d.bytes, chunks=d.chunks) for n, d in files.items()]
@@ -131,7 +132,7 @@ class Save:
         path = self.root.step(self.step)
 
         def check() -> None:
-            with self._storage(), Folder.open(path) as folder:
+            with self._storage(), Folder.open(path, self.peers.alive) as folder:
                 manifest.verify(folder, promise, self.peers.rank, self.peers.size, cold=True)
 
         try:

@@ -17,12 +17,18 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, WriteItem
 
+from pretrain_trainer.alive import Alive, unwatched
+
 from .errors import CheckpointConfigError, DamagedError
 from .files import ChunkWriter, FileDigest, Folder, VerifiedFile
 
 
 def write(
-    path: Path, items: Sequence[WriteItem], planner: DefaultSavePlanner, chunk_bytes: int
+    path: Path,
+    items: Sequence[WriteItem],
+    planner: DefaultSavePlanner,
+    chunk_bytes: int,
+    alive: Alive = unwatched,
 ) -> tuple[list[tuple[int, int]], FileDigest]:
     """Write the items one after another into a new file, and sync it.
 
@@ -33,7 +39,7 @@ def write(
         OSError: the storage failed.
     """
     places = []
-    with ChunkWriter(path, chunk_bytes) as file:
+    with ChunkWriter(path, chunk_bytes, alive) as file:
         for item in items:
             offset = file.tell()
             _save(planner, item, file)
@@ -69,7 +75,7 @@ def read(
     for name, items in wanted.items():
         items.sort(key=lambda pair: pair[0].offset)  # then every chunk is read once
         with folder.file(name) as handle:
-            file = VerifiedFile(handle, name, expected[name], chunk_bytes)
+            file = VerifiedFile(handle, name, expected[name], chunk_bytes, folder.alive)
             for where, item in items:
                 _copy(_load(file, where, item), item, planner)
 

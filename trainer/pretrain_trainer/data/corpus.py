@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.cache import cached
 from pretrain_trainer.data.errors import DataError
 
@@ -56,8 +57,10 @@ class Corpus:
     data, wherever the files lie.
     """
 
-    def __init__(self, path: str, kind: Kind) -> None:
+    def __init__(self, path: str, kind: Kind, alive: Alive = unwatched) -> None:
         """Find and index the files of ``kind`` at ``path``: a file, a folder, or a glob pattern.
+
+        ``alive`` is called while they are read.
 
         Raises DataError if there are none, one can't be read, or they hold no document.
         """
@@ -66,7 +69,7 @@ class Corpus:
         status = [_status(file) for file in self.files]
         self._sizes = [known.st_size for known in status]
         # One array, so that one file can hold it: digest, documents in each file, starts.
-        words = cached(_key(found, status, kind), lambda: _index(found, kind))
+        words = cached(_key(found, status, kind), lambda: _index(found, kind, alive))
         self.digest = words[:2].tobytes().hex()
         self._firsts = np.cumsum([0, *words[2 : 2 + len(found)]])
         self._starts = words[2 + len(found) :]
@@ -196,7 +199,7 @@ def _key(files: list[tuple[str, Path]], status: list[os.stat_result], kind: Kind
     return "\n".join([f"index 1 {kind.name}", *lines])
 
 
-def _index(files: list[tuple[str, Path]], kind: Kind) -> Starts:
+def _index(files: list[tuple[str, Path]], kind: Kind, alive: Alive) -> Starts:
     """Two words of digest, then documents in each file, then where each document starts."""
     digest = hashlib.blake2b(digest_size=16)
     starts = []
@@ -205,6 +208,7 @@ def _index(files: list[tuple[str, Path]], kind: Kind) -> Starts:
         digest.update(f"{len(data)} {name}\n".encode(errors="surrogateescape"))
         for at in range(0, len(data), BLOCK):
             digest.update(data[at : at + BLOCK].data)
+            alive()
         starts.append(kind.split(data))
     counts = np.array([len(found) for found in starts], np.int64)
     return np.concatenate([np.frombuffer(digest.digest(), np.int64), counts, *starts])

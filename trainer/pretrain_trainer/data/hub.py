@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 from datasets import config as hub
 
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.errors import DataError, DataUnavailableError
 from pretrain_trainer.data.sources import Document
 
@@ -80,14 +81,16 @@ class HubSource:
         """Name and number of shards: the content of a stream can't be compared beforehand."""
         return {"data": self._name.replace(" ", "_"), "shards": str(self._dataset.num_shards)}
 
-    def open(self, first: Mapping[int, int]) -> dict[int, Iterator[Document]]:
+    def open(
+        self, first: Mapping[int, int], moved: Alive = unwatched
+    ) -> dict[int, Iterator[Document]]:
         """See :class:`pretrain_trainer.data.sources.Source`; reads over what was used before."""
         share = self._streams // self._lanes
         opened: dict[int, Iterator[Document]] = {}
         for number in sorted({stream % self._lanes for stream in first}):
             seats = {s // self._lanes: s for s in first if s % self._lanes == number}
             wanted = {seat: first[stream] for seat, stream in seats.items()}
-            lane = _Lane(self._arrivals(number), share, wanted)
+            lane = _Lane(self._arrivals(number), share, wanted, moved)
             opened |= {stream: lane.documents(seat) for seat, stream in seats.items()}
         return opened
 
@@ -131,11 +134,14 @@ class _Lane:
     little, since streams use up tokens at the same rate.
     """
 
-    def __init__(self, arrivals: Iterator[Arrival], share: int, first: dict[int, int]) -> None:
+    def __init__(
+        self, arrivals: Iterator[Arrival], share: int, first: dict[int, int], moved: Alive
+    ) -> None:
         """``first`` is the ordinal each wanted one of the ``share`` seats starts with."""
         self._arrivals = arrivals
         self._share = share
         self._first = first
+        self._moved = moved
         self._kept: dict[int, deque[Document]] = {seat: deque() for seat in first}
 
     def documents(self, seat: int) -> Iterator[Document]:
@@ -145,6 +151,7 @@ class _Lane:
                 if (arrival := next(self._arrivals, None)) is None:
                     return
                 self._keep(arrival)
+                self._moved()
             yield kept.popleft()
 
     def _keep(self, arrival: Arrival) -> None:

@@ -9,6 +9,7 @@ thread behind has prepared. Ranks exchange nothing here: the trainer gathers the
 ranks into one tensor when it saves, and gives it to every rank when it resumes, on any layout.
 """
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pretrain_api.config import RunConfig
 from pretrain_api.mesh import BatchPlan, split_batch
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.errors import DataError
 from pretrain_trainer.data.packing import Cursor, Packer, Window, sample, sample_hash
 from pretrain_trainer.data.prefetch import Prefetcher
@@ -50,14 +52,21 @@ class StepBatch(NamedTuple):
     ended: bool
 
 
-def build_loader(cfg: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_degree: int) -> "Loader":
-    """The loader of data-parallel rank ``dp_rank``.
+def build_loader(
+    cfg: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    dp_rank: int,
+    dp_degree: int,
+    alive: Alive = unwatched,
+) -> "Loader":
+    """The loader of data-parallel rank ``dp_rank``; ``alive`` is called while data is indexed.
 
     Raises MeshError if batch sizes don't come out even, DataError if the data set can't be used,
     DataUnavailableError if it can't be reached.
     """
     plan = split_batch(cfg.training, dp_degree)
-    source = open_source(cfg.training, plan.streams)
+    source = open_source(cfg.training, plan.streams, alive)
     return Loader(source, tokenizer, plan, cfg.training.seq_len, dp_rank)
 
 
@@ -90,14 +99,18 @@ class Loader:
         self._cursors = {stream: Cursor() for stream in self._own}
         self._prefetcher: Prefetcher[_Prepared] | None = None
 
-    def next_step(self) -> StepBatch:
+    def next_step(self, alive: Alive = unwatched) -> StepBatch:
         """All microbatches of this rank for one optimizer step.
+
+        While they are being prepared, which includes reading over what was used before a restart,
+        ``alive`` is called as the preparing gets on.
 
         Raises DataError or DataUnavailableError, on every further call as well.
         """
         if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._producer().prepare, AHEAD)
-        prepared = self._prefetcher.get()
+            moved = threading.Event()
+            self._prefetcher = Prefetcher(self._producer(moved.set).prepare, AHEAD, moved)
+        prepared = self._prefetcher.get(alive)
         self._cursors = prepared.cursors
         return prepared.batch
 
@@ -133,10 +146,11 @@ class Loader:
             self._prefetcher.close()
             self._prefetcher = None
 
-    def _producer(self) -> "_Producer":
-        documents = self._source.open({s: cursor.ordinal for s, cursor in self._cursors.items()})
+    def _producer(self, moved: Alive) -> "_Producer":
+        first = {stream: cursor.ordinal for stream, cursor in self._cursors.items()}
+        documents = self._source.open(first, moved)
         packers = {
-            stream: Packer(documents[stream], self._tokenizer, self._seq_len, cursor)
+            stream: Packer(documents[stream], self._tokenizer, self._seq_len, cursor, moved)
             for stream, cursor in self._cursors.items()
         }
         return _Producer(packers, self._plan)

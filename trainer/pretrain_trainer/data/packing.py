@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.errors import DataError
 from pretrain_trainer.data.sources import Document
 
@@ -80,13 +81,22 @@ class Packer:
     """Cuts one stream into windows."""
 
     def __init__(
-        self, documents: Iterator[Document], encoder: Encoder, seq_len: int, cursor: Cursor
+        self,
+        documents: Iterator[Document],
+        encoder: Encoder,
+        seq_len: int,
+        cursor: Cursor,
+        moved: Alive = unwatched,
     ) -> None:
-        """``documents`` start with the one the cursor points at."""
+        """``documents`` start with the one the cursor points at.
+
+        ``moved`` is called whenever some of them are tokenized.
+        """
         self._documents = documents
         self._encoder = encoder
         self._length = seq_len + 1
         self._cursor = cursor
+        self._moved = moved
         self._batch = 1
         self._ready: deque[tuple[Document, Tokens]] = deque()
 
@@ -114,6 +124,7 @@ class Packer:
             self._batch = min(2 * self._batch, LARGEST_BATCH)
             encoded = self._encoder.encode_batch([document.text for document in batch])
             self._ready.extend(zip(batch, encoded, strict=True))
+            self._moved()
         return not self._ready
 
     def _take(self, most: int) -> tuple[Piece, Tokens]:

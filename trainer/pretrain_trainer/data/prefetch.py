@@ -9,20 +9,27 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from pretrain_trainer.alive import Alive, unwatched
+
 T = TypeVar("T")
 
 CLOSE_SECONDS = 1.0
+LOOK_SECONDS = 0.5  # between two looks at whether the thread gets on
 
 
 class Prefetcher(Generic[T]):
     """Calls ``produce`` in a thread and keeps up to ``depth`` results ready, in order.
 
-    What ``produce`` raises is raised by the :meth:`get` whose turn it is, and by every one after
-    it. The thread is a daemon: it never keeps a process from ending.
+    ``moved`` is set by ``produce`` whenever it gets on. What ``produce`` raises is raised by the
+    :meth:`get` whose turn it is, and by every one after it. The thread is a daemon: it never keeps
+    a process from ending.
     """
 
-    def __init__(self, produce: Callable[[], T], depth: int) -> None:
+    def __init__(
+        self, produce: Callable[[], T], depth: int, moved: threading.Event | None = None
+    ) -> None:
         self._produce = produce
+        self._moved = moved or threading.Event()
         self._depth = depth
         self._ready: deque[T] = deque()
         self._error: BaseException | None = None
@@ -31,10 +38,13 @@ class Prefetcher(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
         self._thread.start()
 
-    def get(self) -> T:
-        """The next result; waits for it."""
+    def get(self, alive: Alive = unwatched) -> T:
+        """The next result; waits for it, and calls ``alive`` as long as the thread gets on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            while not self._changed.wait_for(self._decided, LOOK_SECONDS):
+                if self._moved.is_set():
+                    self._moved.clear()
+                    alive()
             if self._ready:
                 result = self._ready.popleft()
                 self._changed.notify_all()
@@ -54,6 +64,10 @@ class Prefetcher(Generic[T]):
             self._ready.clear()
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
+
+    def _decided(self) -> bool:
+        """Whether the next :meth:`get` needn't wait."""
+        return bool(self._ready or self._error or self._closed)
 
     def _run(self) -> None:
         while True:

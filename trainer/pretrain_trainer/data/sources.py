@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from pretrain_api.config import Training
+from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.corpus import JSONL, TEXT, Corpus
 from pretrain_trainer.data.errors import DataError
 from pretrain_trainer.data.order import Order, Place
@@ -33,11 +34,14 @@ class Source(Protocol):
         """What must be equal for two runs to see the same documents in the same order."""
         ...
 
-    def open(self, first: Mapping[int, int]) -> dict[int, Iterator[Document]]:
+    def open(
+        self, first: Mapping[int, int], moved: Alive = unwatched
+    ) -> dict[int, Iterator[Document]]:
         """The documents of each stream in ``first``, from that ordinal on.
 
-        The iterators belong together and are used by one thread. They raise DataError or
-        DataUnavailableError, and end after the last epoch.
+        The iterators belong together and are used by one thread, in which they call ``moved`` when
+        they read over documents. They raise DataError or DataUnavailableError, and end after the
+        last epoch.
         """
         ...
 
@@ -46,8 +50,10 @@ class Source(Protocol):
         ...
 
 
-def open_source(training: Training, streams: int) -> Source:
+def open_source(training: Training, streams: int, alive: Alive = unwatched) -> Source:
     """The source that ``training.dataset`` and ``training.dataset_path`` name.
+
+    ``alive`` is called while files are indexed.
 
     Raises DataError if it is missing or can't be used, DataUnavailableError if it can't be reached.
     """
@@ -58,9 +64,9 @@ def open_source(training: Training, streams: int) -> Source:
 
             return HubSource.load(path, streams, training.epochs)
         case "text", str(path):
-            return _local(Corpus(path, TEXT), _decode_text, training, streams)
+            return _local(Corpus(path, TEXT, alive), _decode_text, training, streams)
         case "jsonl", str(path):
-            return _local(Corpus(path, JSONL), _decode_json, training, streams)
+            return _local(Corpus(path, JSONL, alive), _decode_json, training, streams)
         case other, path:
             raise DataError(
                 f'training.dataset: "{other}" can\'t be read with dataset_path {path}; '
@@ -92,8 +98,10 @@ class LocalSource:
             "seed": str(order.seed),
         }
 
-    def open(self, first: Mapping[int, int]) -> dict[int, Iterator[Document]]:
-        """See :class:`Source`."""
+    def open(
+        self, first: Mapping[int, int], moved: Alive = unwatched
+    ) -> dict[int, Iterator[Document]]:
+        """See :class:`Source`; reads over nothing."""
         return {stream: self._documents(stream, ordinal) for stream, ordinal in first.items()}
 
     def close(self) -> None:

@@ -31,16 +31,17 @@ def data_rank(mesh: DeviceMesh) -> int:
     return replicate * mesh[DP_SHARD].size() + shard
 
 
-def gather_rows(own: Tensor) -> Tensor:
+def gather_rows(own: Tensor, control: dist.ProcessGroup) -> Tensor:
     """Stack every data rank's rows, in the order of :func:`data_rank`. Collective.
 
     Args:
         own: [rows, ...] on the host, the same shape and dtype on every rank.
+        control: all ranks, in the order of the world.
 
     Returns:
         [ranks x rows, ...].
     """
     # The mesh is row-major over the world, so ranks of the world are data ranks, in order.
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own)
+    parts = [torch.empty_like(own) for _ in range(control.size())]
+    dist.all_gather(parts, own, group=control)
     return torch.cat(parts)
