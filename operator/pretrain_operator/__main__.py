@@ -2,14 +2,18 @@
 
 Settings come from the environment (:mod:`settings`). Exits 0 on SIGTERM or SIGINT, 78 if a setting
 is wrong, 1 if the cluster can't be reached; in every case the cluster may start it again.
+
+Several may run: all watch, the one that holds the Lease makes the rounds.
 """
 
 import asyncio
 import logging
 import os
+import secrets
 import signal
+import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from aiohttp import web
@@ -17,7 +21,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from pretrain_api.wire import ExitCode
 from pretrain_operator import handlers
-from pretrain_operator.cluster import ClusterError, ConflictError, HttpCluster
+from pretrain_operator.cluster import Cluster, ClusterError, ConflictError, HttpCluster
+from pretrain_operator.lease import GuardedCluster, Keeper, NotLeadingError
 from pretrain_operator.logs import configure_logging
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.queue import WorkQueue
@@ -54,38 +59,60 @@ async def operate(settings: Settings) -> None:
     metrics = Metrics()
     cache = handlers.PodCache()
     cluster = await HttpCluster.connect()
+    keeper = keeper_of(cluster, settings, metrics)
     try:
         async with HttpWorkers() as workers:
-            reconciler = Reconciler(cluster, workers, cache, settings, metrics)
+            guarded = GuardedCluster(cluster, keeper.check) if keeper else cluster
+            reconciler = Reconciler(guarded, workers, cache, settings, metrics)
             queue = WorkQueue(
                 reconciler.reconcile,
                 workers=settings.reconcilers,
                 metrics=metrics,
-                quiet=(ConflictError,),
+                quiet=(ConflictError, NotLeadingError),
+                gate=keeper.wait if keeper else None,
             )
             sites = await serve(settings, metrics, queue, ready=lambda: cache.attached)
             try:
                 if await before_signal(wait_for_crd(cluster)):
-                    await watch(cache, queue, metrics, settings)
+                    registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
+                    beside = [queue.run(), *([keeper.run()] if keeper else [])]
+                    await watch(registry, settings.namespaces, beside)
             finally:
+                if keeper:
+                    await keeper.release()
                 await asyncio.gather(*(site.cleanup() for site in sites))
     finally:
         await cluster.close()
 
 
+def keeper_of(cluster: Cluster, settings: Settings, metrics: Metrics) -> Keeper | None:
+    """Who keeps the Lease; nobody if the settings name no namespace for it."""
+    if not settings.lease_namespace:
+        log.info("no Lease is used: no other operator may serve the same jobs")
+        metrics.leader.set(1)
+        return None
+    identity = settings.lease_identity or f"{socket.gethostname()}_{secrets.token_hex(4)}"
+    return Keeper(cluster, settings.lease_namespace, settings.lease_name, identity, metrics)
+
+
 async def watch(
-    cache: handlers.PodCache, queue: WorkQueue[Key], metrics: Metrics, settings: Settings
+    registry: handlers.Registry,
+    namespaces: tuple[str, ...],
+    beside: Iterable[Coroutine[Any, Any, None]],
 ) -> None:
-    """Watch and work until a signal comes."""
-    registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
-    rounds = asyncio.create_task(queue.run(), name="work queue")
+    """Watch, and do what goes on ``beside`` it, until a signal comes or one of all these fails."""
+    tasks = [asyncio.create_task(work) for work in beside]
     # In the end kopf waits for every task that is younger than itself.
     await asyncio.sleep(0)
+    tasks.append(asyncio.create_task(handlers.run(registry, namespaces)))
     try:
-        await handlers.run(registry, settings.namespaces)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
-        rounds.cancel()
-        await asyncio.gather(rounds, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def before_signal(work: Coroutine[Any, Any, None]) -> bool:

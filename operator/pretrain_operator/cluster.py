@@ -42,6 +42,7 @@ class Kind(Enum):
     NODE = ("/api/v1", "nodes")
     NETWORK_POLICY = ("/apis/networking.k8s.io/v1", "networkpolicies")
     EVENT = ("/apis/events.k8s.io/v1", "events")
+    LEASE = ("/apis/coordination.k8s.io/v1", "leases")
 
     @property
     def plural(self) -> str:

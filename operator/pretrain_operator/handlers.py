@@ -17,6 +17,7 @@ from pretrain_operator.reconcile import Key
 log = logging.getLogger(__name__)
 
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
+Registry = kopf.OperatorRegistry
 Index = kopf.Index[Key, Mapping[str, Any]]
 
 

@@ -47,6 +47,9 @@ class Metrics:
             ["kind", "verb"],
             registry=reg,
         )
+        self.leader = Gauge(
+            "pretrain_operator_leader", "Whether this operator makes the rounds.", registry=reg
+        )
         self.restarts = Counter(
             "pretrain_job_restarts", "Restarts of a world, by reason.", ["reason"], registry=reg
         )

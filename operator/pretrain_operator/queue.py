@@ -26,6 +26,7 @@ class WorkQueue(Generic[K]):
     """Runs ``reconcile(key)`` for keys that were added; it returns seconds until the next look.
 
     ``quiet`` errors are expected now and then (two writers met): repeated soon, without a warning.
+    Every round waits for ``gate``; keys that come meanwhile are kept.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class WorkQueue(Generic[K]):
         workers: int,
         metrics: Metrics,
         quiet: tuple[type[Exception], ...] = (),
+        gate: Callable[[], Awaitable[None]] | None = None,
         round_limit: float = ROUND_LIMIT_SECONDS,
     ) -> None:
         self._reconcile = reconcile
         self._workers = workers
         self._metrics = metrics
         self._quiet = quiet
+        self._gate = gate
         self._round_limit = round_limit
         self._waiting: asyncio.Queue[K] = asyncio.Queue()
         self._queued: set[K] = set()
@@ -99,6 +102,8 @@ class WorkQueue(Generic[K]):
     async def _work(self) -> None:
         while True:
             key = await self._waiting.get()
+            if self._gate is not None:
+                await self._gate()
             self._queued.discard(key)
             self._busy[key] = time.monotonic()
             self._metrics.queue_depth.set(self.depth)

@@ -36,6 +36,12 @@ class Settings:
     """DEBUG, INFO, WARNING or ERROR."""
     reconcilers: int = 16
     """Jobs that are reconciled at the same time."""
+    lease_namespace: str = ""
+    """Namespace of the Lease that one operator at a time holds; empty: no other one may run."""
+    lease_name: str = "pretrain-operator"
+    """Name of that Lease; operators that serve the same jobs use the same."""
+    lease_identity: str = ""
+    """Who holds it, unique for each process; empty: the host's name and a random number."""
     worker_peers: tuple[dict[str, Any], ...] = ()
     """Network policy peers, as JSON, that may read workers' status and metrics."""
 
@@ -63,10 +69,23 @@ def _variables(known: set[str]) -> str:
 
 def _namespaces(text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
-    for name in found:
-        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name):
-            raise ValueError(f"{name!r} is no name of a namespace")
-    return found
+    return tuple(_namespace(name) for name in found)
+
+
+def _namespace(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+        raise ValueError(f"{text!r} is no name of a namespace")
+    return text
+
+
+def _namespace_or_none(text: str) -> str:
+    return _namespace(text) if text else ""
+
+
+def _name(text: str) -> str:
+    if len(text) > 253 or not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", text):
+        raise ValueError(f"{text!r} is no name of an object")
+    return text
 
 
 def _port(text: str) -> int:
@@ -115,5 +134,7 @@ _PARSERS: Mapping[str, Any] = {
     "log_format": _format,
     "log_level": _level,
     "reconcilers": _count,
+    "lease_namespace": _namespace_or_none,
+    "lease_name": _name,
     "worker_peers": _peers,
 }

@@ -34,6 +34,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],
         "affinity": {"nodeAffinity": {}},
         "priorityClassName": "system-cluster-critical",
+        "replicas": 2,
         "podAnnotations": {"example.com/a": "b"},
         "podLabels": {"team": "a"},
     },
@@ -52,10 +53,20 @@ def of_kind(objects: Objects, kind: str) -> dict[str, Any]:
     return found
 
 
+def environment(deployment: dict[str, Any]) -> dict[str, str]:
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    return {each["name"]: each["value"] for each in container["env"] if "value" in each}
+
+
 def rules(objects: Objects) -> Iterator[dict[str, Any]]:
     for each in objects:
         if each["kind"] in {"Role", "ClusterRole"}:
             yield from each["rules"]
+
+
+def lease_role(objects: Objects) -> dict[str, Any]:
+    [found] = [each for each in objects if each["kind"] == "Role" and "lease" in str(each["rules"])]
+    return found
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
@@ -92,6 +103,7 @@ def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
     needed |= {(resource, "delete") for resource in watched}
     needed |= {("pods", "patch"), ("persistentvolumeclaims", "patch")}
     needed |= {("pretrainjobs/status", "patch")}
+    needed |= {("leases", "create"), ("leases", "patch")}
     assert granted == needed
 
 
@@ -100,7 +112,13 @@ def test_with_named_namespaces_nothing_is_granted_outside_them(render: Render) -
     kinds = {each["kind"] for each in objects}
     assert not {"ClusterRole", "ClusterRoleBinding"} & kinds
     roles = [each for each in objects if each["kind"] == "RoleBinding"]
-    assert [each["metadata"]["namespace"] for each in roles] == ["team-a", "team-b"]
+    spaces = [each["metadata"]["namespace"] for each in roles]
+    assert spaces == ["team-a", "team-b", "pretrain-system"]
+    # In its own namespace nothing but the Lease, unless that one is served too.
+    assert lease_role(objects)["metadata"]["namespace"] == "pretrain-system"
+    served = render({"watchNamespaces": ["pretrain-system"], "crds": {"enabled": False}})
+    names_of = [each["metadata"]["name"] for each in served if each["kind"] == "Role"]
+    assert len(set(names_of)) == 2
 
 
 def test_the_operator_runs_under_the_restricted_profile(render: Render) -> None:
@@ -117,15 +135,57 @@ def test_the_operator_runs_under_the_restricted_profile(render: Render) -> None:
     assert "limits" in container["resources"]
 
 
-def test_one_operator_at_a_time(render: Render) -> None:
-    spec = of_kind(render(), "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+@pytest.mark.parametrize("values", [{}, VALUES["plain"]], ids=["release", "renamed"])
+def test_one_operator_at_a_time_by_a_lease_it_may_keep(
+    render: Render, values: dict[str, Any]
+) -> None:
+    objects = render(values)
+    deployment = of_kind(objects, "Deployment")
+    settings = load(environment(deployment))
+    assert settings.lease_namespace == deployment["metadata"]["namespace"]
+    role = lease_role(objects)
+    assert role["metadata"]["namespace"] == settings.lease_namespace
+    granted = {
+        (verb, *rule.get("resourceNames", ())) for rule in role["rules"] for verb in rule["verbs"]
+    }
+    name = settings.lease_name
+    assert granted == {("create",), ("get", name), ("patch", name)}
+    [binding] = [
+        each
+        for each in objects
+        if each["kind"] == "RoleBinding" and each["roleRef"]["name"] == role["metadata"]["name"]
+    ]
+    account = deployment["spec"]["template"]["spec"]["serviceAccountName"]
+    assert binding["subjects"][0]["name"] == account
+
+
+def test_an_upgrade_overlaps_and_a_standby_is_somewhere_else(render: Render) -> None:
+    spec = of_kind(render(VALUES["placed"]), "Deployment")["spec"]
+    assert spec["replicas"] == 2
+    # Without a gap: the old one is told to end when the new one is ready.
+    assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    [spread] = spec["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"] == spec["selector"]
+    keys = [each["key"] for each in spec["template"]["spec"]["tolerations"]]
+    assert keys == ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable", "control"]
+
+
+def test_the_identity_is_that_of_the_pod(render: Render) -> None:
+    [container] = of_kind(render(), "Deployment")["spec"]["template"]["spec"]["containers"]
+    fields = {
+        each["name"]: each["valueFrom"]["fieldRef"]["fieldPath"]
+        for each in container["env"]
+        if "valueFrom" in each
+    }
+    assert fields == {"POD_NAME": "metadata.name", "POD_UID": "metadata.uid"}
+    order = [each["name"] for each in container["env"]]  # only what comes before is filled in
+    assert order.index("PRETRAIN_OPERATOR_LEASE_IDENTITY") > order.index("POD_UID")
 
 
 def test_images_come_from_where_the_values_say(render: Render) -> None:
     deployment = of_kind(render(VALUES["foreign registry"]), "Deployment")
     [container] = deployment["spec"]["template"]["spec"]["containers"]
-    variables = {each["name"]: each.get("value") for each in container["env"]}
+    variables = environment(deployment)
     mirror = "registry.example:5000/mirror"
     assert container["image"] == f"{mirror}/pretrain-operator@{DIGEST}"
     assert variables["PRETRAIN_OPERATOR_TRAINER_IMAGE"] == f"{mirror}/pretrain-trainer:nightly"
@@ -135,8 +195,7 @@ def test_images_come_from_where_the_values_say(render: Render) -> None:
 def test_the_operator_reads_every_setting_the_chart_writes(
     render: Render, values: dict[str, Any]
 ) -> None:
-    pod = of_kind(render(values), "Deployment")["spec"]["template"]["spec"]
-    settings = load({each["name"]: each["value"] for each in pod["containers"][0]["env"]})
+    settings = load(environment(of_kind(render(values), "Deployment")))
     assert list(settings.namespaces) == values.get("watchNamespaces", [])
     assert list(settings.worker_peers) == values.get("workerPeers", [])
     assert settings.log_format == values.get("log", {}).get("format", "json")
@@ -164,6 +223,7 @@ def test_the_definition_is_the_generated_one(render: Render, repository: Path) -
     [
         ({"imag": {}}, "imag"),
         ({"image": {"taag": "x"}}, "taag"),
+        ({"replicas": -1}, "replicas"),
         ({"image": {"digest": "sha256:short"}}, "digest"),
         ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
         ({"ports": {"health": 80}}, "health"),

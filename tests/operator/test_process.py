@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from pretrain_api import names
-from pretrain_operator import handlers
+from pretrain_operator import handlers, lease
 from pretrain_operator.__main__ import QueueNudge, operate, serve, wait_for_crd
 from pretrain_operator.cluster import Body, ClusterError, HttpCluster, Kind
 from pretrain_operator.metrics import Metrics
@@ -226,6 +226,16 @@ async def test_health_and_metrics_pages(unused_tcp_port_factory: Callable[[], in
     await asyncio.gather(rounds, *(runner.cleanup() for runner in runners), return_exceptions=True)
 
 
+async def always_connect(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client reads where its configuration lies only once, when it is imported."""
+    cluster = await HttpCluster.connect(str(kubeconfig))
+
+    async def connect() -> HttpCluster:
+        return cluster
+
+    monkeypatch.setattr(HttpCluster, "connect", connect)
+
+
 async def test_a_signal_ends_the_wait_for_the_definition(
     kubeconfig: Path, monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int
 ) -> None:
@@ -235,12 +245,7 @@ async def test_a_signal_ends_the_wait_for_the_definition(
         asked.set()
         return False
 
-    cluster = await HttpCluster.connect(str(kubeconfig))
-
-    async def connect() -> HttpCluster:
-        return cluster
-
-    monkeypatch.setattr(HttpCluster, "connect", connect)
+    await always_connect(kubeconfig, monkeypatch)
     monkeypatch.setattr(HttpCluster, "serves_jobs", not_yet)
     settings = Settings(metrics_port=0, health_port=unused_tcp_port)
     process = asyncio.create_task(operate(settings))
@@ -252,3 +257,45 @@ async def test_a_signal_ends_the_wait_for_the_definition(
         os.kill(os.getpid(), signal.SIGTERM)
         await process
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+async def test_a_standby_watches_leads_when_it_may_and_hands_over_in_the_end(
+    bench: Bench, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    await always_connect(kubeconfig, monkeypatch)
+    other = lease.Keeper(bench.cluster, "control", "lease", "other", Metrics())
+    await other.step()
+    settings = Settings(
+        metrics_port=0,
+        health_port=unused_tcp_port,
+        lease_namespace="control",
+        lease_name="lease",
+        lease_identity="me",
+    )
+    await bench.submit()
+    process = asyncio.create_task(operate(settings))
+    async with aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{unused_tcp_port}/readyz"
+
+        async def ready() -> bool:
+            try:
+                async with session.get(url) as response:
+                    return response.status == 200
+            except aiohttp.ClientError:
+                return False
+
+        async with asyncio.timeout(30):
+            while not await ready():  # noqa: ASYNC110 - asked over HTTP
+                await asyncio.sleep(0.01)
+    assert bench.cluster.writes == ["create leases/lease", "create pretrainjobs/llama"]
+
+    def holder() -> str:
+        return bench.cluster.objects[Kind.LEASE, "control", "lease"]["spec"]["holderIdentity"]
+
+    await other.release()
+    await until(lambda: len(bench.cluster.pods()) == 2)
+    assert holder() == "me"
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(process, 30)
+    assert holder() == ""

@@ -127,6 +127,29 @@ async def test_a_round_that_hangs_is_ended() -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_no_round_starts_before_the_gate_opens_and_no_key_is_lost() -> None:
+    rounds: Counter[str] = Counter()
+    gate = asyncio.Event()
+
+    async def reconcile(key: str) -> None:
+        rounds[key] += 1
+
+    async def wait() -> None:
+        await gate.wait()
+
+    queue = WorkQueue(reconcile, workers=1, metrics=Metrics(), gate=wait)
+    task = asyncio.create_task(queue.run())
+    for key in ("a", "b", "a", "b"):
+        queue.add(key)
+        await asyncio.sleep(0)
+    assert not rounds
+    gate.set()
+    await until(lambda: not queue.depth and rounds.total() == 2)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert rounds == Counter("ab")
+
+
 async def test_a_forgotten_key_is_not_looked_at_again() -> None:
     rounds: Counter[str] = Counter()
 

@@ -20,12 +20,20 @@ def test_everything_can_be_set() -> None:
             "PRETRAIN_OPERATOR_LOG_LEVEL": "debug",
             "PRETRAIN_OPERATOR_RECONCILERS": "4",
             "PRETRAIN_OPERATOR_WORKER_PEERS": '[{"podSelector": {}}]',
+            "PRETRAIN_OPERATOR_LEASE_NAMESPACE": "control",
+            "PRETRAIN_OPERATOR_LEASE_NAME": "team.operator",
+            "PRETRAIN_OPERATOR_LEASE_IDENTITY": "pod-1",
         }
     )
     assert settings.namespaces == ("team-a", "team-b")
     assert (settings.metrics_port, settings.health_port) == (0, 8081)
     assert settings.worker_peers == ({"podSelector": {}},)
     assert settings.log_level == "DEBUG"
+    assert (settings.lease_namespace, settings.lease_name) == ("control", "team.operator")
+
+
+def test_a_lease_is_switched_off_by_an_empty_namespace() -> None:
+    assert load({"PRETRAIN_OPERATOR_LEASE_NAMESPACE": ""}).lease_namespace == ""
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,8 @@ def test_everything_can_be_set() -> None:
         ("RECONCILERS", "0", "from 1 to 1000"),
         ("WORKER_PEERS", "{}", "must be a JSON list"),
         ("WORKER_PEERS", "[1", "must be a JSON list"),
+        ("LEASE_NAMESPACE", "a/b", "'a/b' is no name of a namespace"),
+        ("LEASE_NAME", "-", "'-' is no name of an object"),
         ("TRAINER_IMAGE", "", "must not be empty"),
         ("TRAINER_IMAG", "x", "no such setting"),
     ],
