@@ -125,6 +125,14 @@ class AssignmentStatus(Tolerant):
     """Workers that start beside the members, to join a larger world once they are ready."""
     written_off: Annotated[tuple[str, ...], Field(max_length=4096)] = ()
     """UIDs of pods that were lost with their node: fenced out, and no longer waited for."""
+    unplaced: datetime | None = None
+    """Since when members or candidates find no node, though no queue holds them back."""
+    grow_after: datetime | None = None
+    """When candidates are sought for the workers that are missing; not before."""
+    setbacks: int = 0
+    """How often candidates were given up since this generation began."""
+    releases: int = 0
+    """How often pods were released for want of nodes since workers last met."""
 
 
 class ProgressStatus(Tolerant):

@@ -124,6 +124,8 @@ def with_generation(
     size: int,
     kept: tuple[Member, ...] = (),
     not_before: datetime | None = None,
+    grow_after: datetime | None = None,
+    releases: int = 0,
 ) -> JobStatus:
     """Status with the next generation: the kept members, new ones in the other places.
 
@@ -138,6 +140,8 @@ def with_generation(
         workers=workers,
         created=seen.now,
         not_before=not_before,
+        grow_after=grow_after,
+        releases=releases,
         written_off=_written_off(seen),
     )
     return status.model_copy(update={"assignment": assignment})

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from pretrain_operator.actions import Plan
 from pretrain_operator.judges.ending import clear_up, complete, expire
+from pretrain_operator.judges.resizing import release, resize, shrink, watch_nodes
 from pretrain_operator.judges.standing import hold, leave, refuse, suspend
 from pretrain_operator.judges.training import begin, converge, meet, regroup
 from pretrain_operator.observe import Observation
@@ -39,6 +40,10 @@ CHECKLIST: tuple[Callable[[Observation], Plan | None], ...] = (
     suspend,  # by wish
     refuse,  # the spec doesn't validate; below this line it does
     regroup,  # a member is gone: restart or give up
+    watch_nodes,  # since when pods find no node
+    shrink,  # those who have one are enough
+    release,  # they are not, and have held theirs for too long
+    resize,  # another size is wanted, or can be had again
     hold,  # the volume can't be used
     begin,  # nobody is a member yet
     meet,  # all are there: name the leader

@@ -4,6 +4,7 @@ from pretrain_api import names
 from pretrain_api.status import JobStatus
 from pretrain_operator.actions import Notice
 from pretrain_operator.observe import Observation
+from pretrain_operator.policies import elastic
 from pretrain_operator.progress import report_of_leader, with_report
 from pretrain_operator.status import (
     STARTING_REASONS,
@@ -21,6 +22,9 @@ HUNG = "Hung"  # the reason of a failure that nobody but a watchdog noticed
 def report(seen: Observation) -> tuple[JobStatus, tuple[Notice, ...]]:
     """Status and news while the job is under way."""
     value, reason, message = training_state(seen)
+    lacking = elastic.shortage(seen) if value else None
+    if lacking and not message.endswith(lacking):
+        message = f"{message}, {lacking}"
     status = healed(seen, with_report(seen, seen.status))
     status = mark(seen, status, names.SUSPENDED, False, "Resumed")
     # While restarting, the reason of the restart says more than that workers are starting.

@@ -162,10 +162,11 @@ class MemoryCluster:
         self.crash_in = crash
 
     def remove(self, kind: Kind, name: str, namespace: str = "default") -> None:
-        """Delete: a running pod gets its grace period, anything else goes, children with it."""
+        """Delete: a pod on a node gets its grace period, anything else goes, children with it."""
         key = (kind, namespace, name)
         body = self._stored(*key)
-        if kind is Kind.POD and body.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+        over = body.get("status", {}).get("phase") in ("Succeeded", "Failed")
+        if kind is Kind.POD and body["spec"].get("nodeName") and not over:
             grace = body["spec"].get("terminationGracePeriodSeconds", 30)
             until = stamp(self.now + timedelta(seconds=grace))
             meta = body["metadata"]
@@ -195,6 +196,11 @@ class MemoryCluster:
         self.objects.setdefault((Kind.NODE, "", node), ready)
         self.pod(name)["spec"]["nodeName"] = node
         self.set_status(name, conditions=[condition("PodScheduled", "True")])
+
+    def refuse(self, name: str, words: str, reason: str = "Unschedulable") -> None:
+        """The scheduler finds no node, or a queue holds the pod back."""
+        said = condition("PodScheduled", "False", reason=reason, message=words)
+        self.set_status(name, conditions=[said])
 
     def start(self, name: str, ip: str | None = None, node: str = "node-1") -> None:
         """The kubelet starts the container and finds it ready."""

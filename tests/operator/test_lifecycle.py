@@ -305,23 +305,6 @@ async def test_deadline(bench: Bench) -> None:
     assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
 
 
-async def test_scheduling_timeout_releases_the_pods(bench: Bench) -> None:
-    await bench.submit(schedulingTimeoutSeconds=120)
-    await bench.settle()
-    bench.cluster.start("llama-0-1")
-    no_room = condition("PodScheduled", "False", reason="Unschedulable", message="0/3 nodes fit")
-    bench.cluster.set_status("llama-1-1", conditions=[no_room])
-    assert await bench.settle() == 120
-    assert bench.condition(names.RUNNING) == ("False", "Unschedulable")
-    assert bench.status.phase is JobPhase.PENDING
-    bench.cluster.advance(120)
-    await bench.settle()
-    assert bench.condition(names.FAILED) == ("True", "SchedulingTimeout")
-    failed = next(c for c in bench.status.conditions if c.type == names.FAILED)
-    assert "0/3 nodes fit" in failed.message
-    assert all("deletionTimestamp" in p["metadata"] for p in bench.cluster.pods())
-
-
 async def test_an_image_that_can_not_be_pulled_is_a_condition_and_costs_nothing(
     bench: Bench,
 ) -> None:

@@ -191,7 +191,7 @@ async def test_paused_members_keep_their_pods_in_the_next_generation(
     assert [member.uid for member in bench.status.assignment.workers] == uids[:2]
     status = bench.status
     assert (status.restarts.total, status.restarts.charged) == (1, 0)
-    assert [(a.reason, a.charged, a.step) for a in status.attempts] == [("Shrunk", False, 47)]
+    assert [(a.reason, a.charged, a.step) for a in status.attempts] == [("Resized", False, 47)]
 
 
 async def test_a_pause_waits_for_every_member_of_this_generation(
@@ -266,6 +266,7 @@ async def test_a_worker_that_moved_leads_under_its_old_name(bench: Bench) -> Non
     await bench.submit()
     await bench.train(SAVED)
     seen = observe(bench)
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"workers": {"replicas": 1}}})
     await write(bench, ledger.with_generation(seen, seen.status, size=1, kept=seen.members[1:]))
     await bench.settle()
     bench.cluster.finish("llama-0-1", ExitCode.PREEMPTED)
@@ -277,44 +278,6 @@ async def test_a_worker_that_moved_leads_under_its_old_name(bench: Bench) -> Non
     bench.cluster.finish("llama-1-1", 0, message(Result.COMPLETE, done, generation=2, rank=0))
     await bench.settle()
     assert bench.condition(names.COMPLETE) == ("True", "Completed")
-
-
-async def test_candidates_start_beside_the_members_and_join_the_next_generation(
-    bench: Bench, sized: dict[str, int]
-) -> None:
-    await bench.submit()
-    await bench.train(SAVED)
-    seen = observe(bench)
-    await write(bench, ledger.with_candidates(seen, seen.status, 1))
-    await bench.train()
-    assert [p["metadata"]["name"] for p in bench.cluster.pods()] == [
-        "llama-0-1", "llama-1-1", "llama-2-2",
-    ]  # fmt: skip
-    assert bench.told("llama-2-2") is None
-    sized["size"] = 3
-    await pause(bench)
-    assert bench.told("llama-2-2") is None
-    await bench.obey(SAVED)
-    assert bench.member_pods() == ["llama-0-1", "llama-1-1", "llama-2-2"]
-    word = bench.told("llama-2-2")
-    assert (word.generation, word.rank, word.size) == (3, 2, 3)
-    assert bench.status.assignment.candidates == ()
-    assert bench.status.attempts[-1].reason == "Grown"
-
-
-async def test_a_candidate_that_is_dropped_goes(bench: Bench) -> None:
-    await bench.submit()
-    await bench.train(SAVED)
-    seen = observe(bench)
-    await write(bench, ledger.with_candidates(seen, seen.status, 1))
-    await bench.train()
-    seen = observe(bench)
-    await bench.cluster.patch_status(
-        Kind.JOB, "default", JOB, {"status": {"assignment": {"candidates": None}}}
-    )
-    await bench.settle()
-    assert "deletionTimestamp" in bench.cluster.pod("llama-2-2")["metadata"]
-    assert bench.status.assignment.generation == 1
 
 
 async def test_restarts_in_place_are_counted_once_when_another_worker_leads(bench: Bench) -> None:

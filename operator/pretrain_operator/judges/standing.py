@@ -12,6 +12,7 @@ from pretrain_operator.judges.base import (
     job_of,
     seconds_until,
 )
+from pretrain_operator.judges.resizing import rebuild
 from pretrain_operator.observe import Observation
 from pretrain_operator.policies import deadline, diagnosis, elastic, orders, volume
 from pretrain_operator.policies.diagnosis import Cause
@@ -56,16 +57,7 @@ def _drained(seen: Observation) -> Plan:
 
 def _paused(seen: Observation) -> Plan:
     """All members stand still: a generation of the size that is due, with those that stay."""
-    size, before = elastic.target_size(seen), len(seen.members)
-    reason = "Grown" if size > before else "Shrunk" if size < before else "Resized"
-    cause = Cause(reason, f"from {before} to {size} workers")
-    charged = seen.status.restarts.charged if seen.status.restarts else 0
-    status = ledger.with_restart(ledger.with_attempt(seen, cause), cause, charged)
-    status = ledger.with_generation(seen, status, size=size, kept=ledger.staying(seen))
-    said = f"{cause.message}; going on as generation {ledger.next_generation(seen)}"
-    status = mark(seen, status, names.RUNNING, False, reason, said)
-    status = mark(seen, status, names.RESTARTING, True, reason, said)
-    return ahead(seen, view(seen, judged(seen, status), throttle=False), Notice(reason, said))
+    return rebuild(seen, elastic.next_world(seen))
 
 
 def suspend(seen: Observation) -> Plan | None:

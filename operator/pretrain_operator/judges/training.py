@@ -1,6 +1,6 @@
 """Who trains together: members that are gone, a first generation, the meeting, the daily round."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pretrain_api import names
 from pretrain_api.status import JobStatus
@@ -9,7 +9,7 @@ from pretrain_operator.actions import Notice, Plan
 from pretrain_operator.judges.base import STARTING_POLL_SECONDS, ahead, job_of, seconds_until
 from pretrain_operator.judges.ending import fail
 from pretrain_operator.observe import Observation
-from pretrain_operator.policies import cleanup, deadline, diagnosis, restart, silence
+from pretrain_operator.policies import cleanup, deadline, diagnosis, elastic, restart, silence
 from pretrain_operator.policies.restart import GiveUp
 from pretrain_operator.progress import report_of_leader
 from pretrain_operator.report import report
@@ -57,14 +57,29 @@ def begin(seen: Observation) -> Plan | None:
     """Without members: the first generation, or the first after a suspension."""
     if seen.members:
         return None
+    before, resumed = seen.status.assignment, holds(seen.status, names.SUSPENDED)
+    until = before.not_before if before and not resumed else None
+    if until is not None and seen.now < until:
+        return _stay_away(seen, until)
     size = job_of(seen).spec.workers.replicas
     said = f"generation {ledger.next_generation(seen)} with {size} workers"
-    notice = Notice("Resumed" if seen.status.assignment else "Created", said)
+    notice = Notice("Resumed" if resumed else "TriedAgain" if before else "Created", said)
     status = seen.status.model_copy(update={"start_time": seen.status.start_time or seen.now})
-    status = ledger.with_generation(seen, status, size=size)
+    status = ledger.with_generation(
+        seen, status, size=size, releases=before.releases if before else 0
+    )
     status = mark(seen, status, names.SUSPENDED, False, "Resumed", said)
     status = mark(seen, status, names.RUNNING, False, "WorkersStarting", said)
     return ahead(seen, view(seen, healed(seen, status), throttle=False), notice)
+
+
+def _stay_away(seen: Observation, until: datetime) -> Plan:
+    """Released pods come back later. A job that is resumed, by a queue or by hand, doesn't wait."""
+    return Plan(
+        actions=(*children.retain(seen), *children.tidy(seen, "Released")),
+        status=view(seen, healed(seen, seen.status)),
+        wake_after=seconds_until(seen, [until]),
+    )
 
 
 def meet(seen: Observation) -> Plan | None:
@@ -101,7 +116,7 @@ def converge(seen: Observation) -> Plan:
 
 def _next_look(seen: Observation, status: JobStatus) -> float | None:
     """When something is due that no event announces."""
-    wakes = [item.at for item in deadline.deadlines(seen)]
+    wakes = [*(item.at for item in deadline.deadlines(seen)), *elastic.wakes(seen)]
     assignment = status.assignment
     if assignment and assignment.not_before and seen.now < assignment.not_before:
         wakes.append(assignment.not_before)

@@ -12,10 +12,12 @@ from datetime import datetime, timedelta
 
 from pretrain_api.job import Recovery
 from pretrain_api.status import MAX_ATTEMPTS, Attempt, JobStatus
+from pretrain_operator.policies import elastic
 from pretrain_operator.policies.diagnosis import Cause
 
 FREE_AT_ONCE = 2  # free restarts without progress that don't wait
-SUSPENDED = "Suspended"  # reason of an attempt that ended by wish
+# Reasons of attempts that ended by wish, or for want of nodes: none of them counts.
+UNCOUNTED = ("Suspended", elastic.RESIZED, elastic.SHRUNK, elastic.GROWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def _recent(
         attempt
         for attempt in status.attempts
         if attempt.charged is charged
-        and attempt.reason != SUSPENDED
+        and attempt.reason not in UNCOUNTED
         and attempt.ended > since
         and attempt.checkpoint_step == newest
     ]
