@@ -13,7 +13,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aiohttp import web
@@ -74,12 +74,11 @@ async def operate(settings: Settings) -> None:
             sites = await serve(settings, metrics, queue, ready=lambda: cache.attached)
             try:
                 if await before_signal(wait_for_crd(cluster)):
-                    registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
-                    beside = [queue.run(), *([keeper.run()] if keeper else [])]
-                    await watch(registry, settings.namespaces, beside)
+                    chores = Chores(queue, keeper)
+                    nudge = QueueNudge(queue, metrics)
+                    registry = handlers.build_registry(cache, nudge, chores.end)
+                    await watch(registry, settings.namespaces, chores)
             finally:
-                if keeper:
-                    await keeper.release()
                 await asyncio.gather(*(site.cleanup() for site in sites))
     finally:
         await cluster.close()
@@ -95,24 +94,40 @@ def keeper_of(cluster: Cluster, settings: Settings, metrics: Metrics) -> Keeper 
     return Keeper(cluster, settings.lease_namespace, settings.lease_name, identity, metrics)
 
 
-async def watch(
-    registry: handlers.Registry,
-    namespaces: tuple[str, ...],
-    beside: Iterable[Coroutine[Any, Any, None]],
-) -> None:
-    """Watch, and do what goes on ``beside`` it, until a signal comes or one of all these fails."""
-    tasks = [asyncio.create_task(work) for work in beside]
+class Chores:
+    """What goes on beside the watches."""
+
+    def __init__(self, queue: WorkQueue[Key], keeper: Keeper | None) -> None:
+        self._keeper = keeper
+        self.tasks = [asyncio.create_task(queue.run(), name="work queue")]
+        if keeper:
+            self.tasks.append(asyncio.create_task(keeper.run(), name="lease"))
+
+    async def end(self) -> None:
+        """End the rounds, then let another operator lead. May be called again."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self._keeper is not None:
+            keeper, self._keeper = self._keeper, None
+            await keeper.release()
+
+
+async def watch(registry: handlers.Registry, namespaces: tuple[str, ...], chores: Chores) -> None:
+    """Watch until a signal comes. Raises what ended the watches or a chore before."""
     # In the end kopf waits for every task that is younger than itself.
     await asyncio.sleep(0)
-    tasks.append(asyncio.create_task(handlers.run(registry, namespaces)))
+    watching = asyncio.create_task(handlers.run(registry, namespaces), name="watches")
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await asyncio.wait((watching, *chores.tasks), return_when=asyncio.FIRST_COMPLETED)
+        for task in chores.tasks:
+            if task.done() and not task.cancelled():
+                task.result()
+        await watching  # it is over, or has ended the chores and is about to
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await chores.end()
 
 
 async def before_signal(work: Coroutine[Any, Any, None]) -> bool:

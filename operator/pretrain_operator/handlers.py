@@ -6,7 +6,7 @@ the object: no finalizer (deleting a job works while the operator is away), no a
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import kopf
@@ -53,8 +53,13 @@ class Nudge(Protocol):
         """The job is gone."""
 
 
-def build_registry(cache: PodCache, nudge: Nudge) -> kopf.OperatorRegistry:
-    """The handlers of one operator, apart from those of any other in the process."""
+def build_registry(
+    cache: PodCache, nudge: Nudge, end: Callable[[], Awaitable[None]]
+) -> kopf.OperatorRegistry:
+    """The handlers of one operator, apart from those of any other in the process.
+
+    ``end`` is called when the watches have ended, before kopf waits for what else may run.
+    """
     registry = kopf.OperatorRegistry()
     ours = {names.LABEL_JOB_UID: kopf.PRESENT}
 
@@ -62,6 +67,10 @@ def build_registry(cache: PodCache, nudge: Nudge) -> kopf.OperatorRegistry:
     async def _(settings: kopf.OperatorSettings, worker_pods: Index, **_: Any) -> None:
         configure(settings)
         cache.attach(worker_pods)
+
+    @kopf.on.cleanup(registry=registry, id="end")
+    async def _(**_: Any) -> None:
+        await end()
 
     @kopf.on.login(registry=registry, id="login")
     def _(**kwargs: Any) -> kopf.ConnectionInfo | None:

@@ -77,7 +77,10 @@ class FakeServer:
                 known = json.loads(json.dumps(now))
                 for word, body in events:
                     line = json.dumps({"type": word, "object": body}) + "\n"
-                    await stream.write(line.encode())
+                    try:
+                        await stream.write(line.encode())
+                    except ConnectionError:
+                        return stream  # the watch was closed
                 await asyncio.sleep(0.01)
 
         return handle
@@ -154,6 +157,10 @@ async def kubeconfig(
     await runner.cleanup()
 
 
+async def nothing() -> None:
+    pass
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - anything may make it true
@@ -168,7 +175,7 @@ async def test_events_become_rounds(bench: Bench, kubeconfig: Path) -> None:
     await wait_for_crd(cluster)
     rounds = asyncio.create_task(queue.run())
     await asyncio.sleep(0)
-    registry = handlers.build_registry(cache, QueueNudge(queue, metrics))
+    registry = handlers.build_registry(cache, QueueNudge(queue, metrics), nothing)
     watching = asyncio.create_task(handlers.run(registry, ()))
     try:
         await bench.submit()
