@@ -1,0 +1,51 @@
+"""What two runs of the same workflow must agree on: the status without clocks and dice."""
+
+import re
+from typing import Any
+
+# When, where and how fast: different in every run.
+VARYING = {
+    "announced", "completionTime", "created", "ended", "eta", "goodput", "ip", "lastTransitionTime",
+    "leader", "nonce", "notBefore", "ordered", "selector", "startTime", "started", "time",
+    "tokensPerSecond", "uid", "until", "updated",
+}  # fmt: skip
+ADDRESS = re.compile(r"\b127(\.\d+){3}\b")
+NODE = re.compile(r"\blab-\d+-(\d)\b")
+
+
+def masked(value: Any) -> Any:
+    """A status with everything left out that no two runs have in common."""
+    if isinstance(value, dict):
+        return {key: masked(each) for key, each in sorted(value.items()) if key not in VARYING}
+    if isinstance(value, list):
+        return [masked(each) for each in value]
+    if isinstance(value, str):
+        return NODE.sub(r"node-\1", ADDRESS.sub("ADDRESS", value))
+    return value
+
+
+def blurred(state: dict[str, Any], fields: frozenset[str]) -> dict[str, Any]:
+    """A state without these fields of its attempts."""
+    status = state["status"]
+    if status is None or "attempts" not in status:
+        return state
+    attempts = [
+        {key: value for key, value in attempt.items() if key not in fields}
+        for attempt in status["attempts"]
+    ]
+    return {**state, "status": {**status, "attempts": attempts}}
+
+
+def difference(expected: Any, found: Any, where: str = "") -> list[str]:
+    """Where two states differ, one line each."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        keys = sorted(expected.keys() | found.keys())
+        return [
+            line
+            for key in keys
+            for line in difference(expected.get(key), found.get(key), f"{where}.{key}")
+        ]
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = enumerate(zip(expected, found, strict=True))
+        return [line for i, (a, b) in pairs for line in difference(a, b, f"{where}[{i}]")]
+    return [] if expected == found else [f"{where.lstrip('.')}: {expected!r} became {found!r}"]
