@@ -20,7 +20,7 @@ import pytest
 
 from pretrain_agent import process, settings
 from pretrain_api import names
-from pretrain_api.wire import Assignment, Order, TerminationMessage, WorkerStatus
+from pretrain_api.wire import Assignment, HangDeadlines, Order, TerminationMessage, WorkerStatus
 
 DEADLINE = 150.0  # a cold start takes 6 seconds alone and many times that on a busy machine
 POLL = 0.02
@@ -152,12 +152,14 @@ class World:
         self.folder = folder
         self.state = folder / "state"
         self.state.mkdir()
+        self.output = folder / "output"
         self.workers: dict[str, Worker] = {}
         self.configure(steps=10)
 
     def configure(self, **config: Any) -> None:
         """Write the toy's config; see toy_trainer."""
-        (self.folder / "run.json").write_text(json.dumps({"state": str(self.state), **config}))
+        whole = {"state": str(self.state), "job": {"dump_folder": str(self.output)}, **config}
+        (self.folder / "run.json").write_text(json.dumps(whole))
 
     def start(self, name: str, processes: int = 1, grace: float = 30.0, **extra: str) -> Worker:
         """Start a supervisor; it warms up and waits for an assignment."""
@@ -188,7 +190,13 @@ class World:
         self.workers[name] = worker
         return worker
 
-    def assign(self, generation: int, *members: str, parked: tuple[str, ...] = ()) -> None:
+    def assign(
+        self,
+        generation: int,
+        *members: str,
+        parked: tuple[str, ...] = (),
+        hang: HangDeadlines | None = None,
+    ) -> None:
         """Give the members ranks in this order, the first being the leader."""
         leader = f"127.0.0.1:{self.workers[members[0]].meeting_port}"
         size, nonce = len(members), f"secret {generation}"
@@ -197,7 +205,12 @@ class World:
             self.write(
                 name,
                 Assignment(
-                    generation=generation, rank=rank, size=size, leader=leader, nonce=nonce
+                    generation=generation,
+                    rank=rank,
+                    size=size,
+                    leader=leader,
+                    nonce=nonce,
+                    hang=hang,
                 ).to_json(),
             )
 

@@ -47,7 +47,7 @@ def test_what_one_end_writes_the_other_reads(path: Path) -> None:
     for phase in Phase:
         rank.publish(2, phase, 10**12)
         beat = supervisor.read(2)
-        assert (beat.phase, beat.step) == (phase, 10**12)
+        assert (beat.phase, beat.step, beat.pid) == (phase, 10**12, os.getpid())
         assert before <= beat.at <= time.monotonic()
     for order in Order:
         supervisor.order = order

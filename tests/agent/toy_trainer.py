@@ -1,8 +1,9 @@
 """A trainer small enough to start in milliseconds: counts steps, agrees on them with all_reduce.
 
 Run by real ranks under the real supervisor. Its config is JSON: ``state`` (a folder), ``steps``,
-``step_seconds`` and ``faults``, each with ``rank``, ``step``, ``do`` and optionally ``once``. Every
-rank notes its start in ``state/starts``, one line of JSON each.
+``step_seconds``, ``save_every`` and ``faults``, each with ``rank``, ``step`` and ``do``, and if
+need be ``phase`` (a step's by default), ``once`` and ``seconds``. Every rank notes its start in
+``state/starts``, one line of JSON each.
 """
 
 import json
@@ -30,6 +31,7 @@ ACTIONS = {
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "deafen": lambda: signal.signal(signal.SIGTERM, lambda *_: None),
     "hang": lambda: time.sleep(3600),
+    "abort": os.abort,
 }
 
 
@@ -49,9 +51,12 @@ def main(config_path: str) -> None:
     saved = state / "step"
     step = int(saved.read_text()) if saved.exists() else 0
     print(f"toy starts at step {step}")
+    first = step
     while step < config["steps"]:
-        board.publish(local_rank, Phase.STEP, step + 1)
-        _fail_as_planned(config, state, rank, step + 1)
+        board.publish(local_rank, Phase.DATA, step)
+        _fail_as_planned(config, state, rank, step + 1, Phase.DATA)
+        board.publish(local_rank, Phase.FIRST_STEP if step == first else Phase.STEP, step)
+        _fail_as_planned(config, state, rank, step + 1, Phase.STEP)
         votes = torch.tensor([1, int(board.order is Order.DRAIN)])
         dist.all_reduce(votes)
         assert votes[0] == dist.get_world_size()
@@ -61,9 +66,12 @@ def main(config_path: str) -> None:
             partial.write_text(str(step))
             partial.rename(saved)
             board.put_progress(Progress(step=step, steps=config["steps"], loss=1.0 / step))
-        if votes[1]:
+        if votes[1] or step % config.get("save_every", config["steps"] + 1) == 0:
+            board.publish(local_rank, Phase.SAVE, step)
+            _fail_as_planned(config, state, rank, step, Phase.SAVE)
             time.sleep(config.get("save_seconds", 0))
             dist.barrier()
+        if votes[1]:
             sys.exit(143)
         time.sleep(config.get("step_seconds", 0.01))
     if not config.get("forget_marker"):
@@ -84,12 +92,16 @@ def _note_start(state: Path, rank: int) -> None:
         file.write(json.dumps(note) + "\n")
 
 
-def _fail_as_planned(config: dict, state: Path, rank: int, step: int) -> None:
+def _fail_as_planned(config: dict, state: Path, rank: int, step: int, phase: Phase) -> None:
     for number, fault in enumerate(config.get("faults", ())):
-        if (fault["rank"], fault["step"]) != (rank, step):
+        here = (fault["rank"], fault["step"], fault.get("phase", Phase.STEP))
+        if here != (rank, step, phase):
             continue
         marker = state / f"fault-{number}"
         if fault.get("once") and marker.exists():
             continue
         marker.touch()
-        ACTIONS[fault["do"]]()
+        if fault["do"] == "sleep":
+            time.sleep(fault["seconds"])
+        else:
+            ACTIONS[fault["do"]]()

@@ -2,7 +2,7 @@
 
 The file is level-triggered: whatever it says now is what holds. It is read again and again, never
 waited for, so a missed change is made up by the next look. Generations only ever grow; within one
-generation only the orders may change.
+generation only the orders and the deadlines for hangs may change.
 """
 
 import logging
@@ -58,9 +58,8 @@ def _succeeds(found: Assignment, current: Assignment | None) -> bool:
     if found.generation < current.generation:
         log.warning("ignored generation %d, seen %d", found.generation, current.generation)
         return False
-    if found.model_copy(update={"orders": Order.NONE}) == current.model_copy(
-        update={"orders": Order.NONE}
-    ):
-        return found.orders is not current.orders
+    changeable = {"orders": Order.NONE, "hang": None}
+    if found.model_copy(update=changeable) == current.model_copy(update=changeable):
+        return found != current
     log.warning("ignored a different assignment in the same generation %d", found.generation)
     return False

@@ -15,6 +15,7 @@ hundred bytes of progress, both are free.
 """
 
 import mmap
+import os
 import struct
 import time
 import zlib
@@ -25,12 +26,12 @@ from typing import NamedTuple, Self
 from pretrain_api.wire import Failure, Order, Phase, Progress
 
 MAGIC = 0x70_72_65_74_72_61_69_6E  # "pretrain"
-LAYOUT = 1  # raised when the layout below changes
+LAYOUT = 2  # raised when the layout below changes
 HEADER = struct.Struct("<QQQQ")  # magic, layout, processes, order
 ORDER_OFFSET = 24
 RECORD = struct.Struct("<Q")  # number of completed writes; its last bit names the buffer in force
 BUFFER = struct.Struct("<II")  # length and CRC-32 of the payload
-BEAT = struct.Struct("<qqd")  # phase, step, time.monotonic()
+BEAT = struct.Struct("<qqdq")  # phase, step, time.monotonic(), pid
 PROGRESS_BYTES = 16 * 1024
 FAILURE_BYTES = 2 * 1024
 READ_ATTEMPTS = 100  # a reader is overtaken only by two writes during one copy
@@ -40,11 +41,15 @@ ORDERS = tuple(Order)
 
 
 class Beat(NamedTuple):
-    """Where one rank was when it last reported; ``at`` is ``time.monotonic()`` of that moment."""
+    """Where one rank was when it last reported; ``at`` is ``time.monotonic()`` of that moment.
+
+    ``step`` counts completed steps. ``pid`` is 0 for a rank that never reported.
+    """
 
     phase: Phase
     step: int
     at: float
+    pid: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,8 @@ class Board:
             return cls(mmap.mmap(file.fileno(), 0))
 
     def publish(self, local_rank: int, phase: Phase, step: int) -> None:
-        """Report where this rank is, stamped with the monotonic clock."""
-        beat = BEAT.pack(PHASES.index(phase), step, time.monotonic())
+        """Report where this rank is, after ``step`` completed steps; the time of it is noted."""
+        beat = BEAT.pack(PHASES.index(phase), step, time.monotonic(), os.getpid())
         self._beats[local_rank].write(beat)
 
     def read(self, local_rank: int) -> Beat:
@@ -137,8 +142,8 @@ class Board:
         payload = self._beats[local_rank].read()
         if payload is None:
             return Beat(Phase.WAITING, 0, 0.0)
-        phase, step, at = BEAT.unpack(payload)
-        return Beat(PHASES[phase], step, at)
+        phase, step, at, pid = BEAT.unpack(payload)
+        return Beat(PHASES[phase], step, at, pid)
 
     def beats(self) -> list[Beat]:
         """The newest beat of every local rank, in order."""

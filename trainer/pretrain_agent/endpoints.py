@@ -25,7 +25,11 @@ class Worker(Protocol):
     """What the endpoints tell about; read from several threads."""
 
     turn: float  # when the supervisor's loop last turned, on the monotonic clock
-    restart_seconds: float | None  # of the last restart in place
+
+    @property
+    def restart_seconds(self) -> float | None:
+        """How long the last restart in place took."""
+        ...
 
     def status(self) -> WorkerStatus:
         """The status document of this moment."""

@@ -6,18 +6,27 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from pretrain_agent import process
-from pretrain_agent.link import FROM_LAUNCHER, FromLauncher, ToLauncher
+from pretrain_agent.link import FROM_LAUNCHER, FromLauncher, Regroup, ToLauncher
 from pretrain_agent.settings import Settings
 from pretrain_agent.wires import encode, receive
 from pretrain_api import names
 
+# Within which it must have stopped its ranks. One that is starting some may be importing torch once
+# more, and hears nothing meanwhile.
+REGROUP_SECONDS = 15.0
+REGROUP_STARTING_SECONDS = 120.0
+
 
 class LauncherProcess:
-    """One launcher, in a session of its own that its ranks share."""
+    """One launcher, in a session of its own that its ranks share.
+
+    ``fault`` says why it had to be killed.
+    """
 
     def __init__(self, settings: Settings, board: Path, output: int) -> None:
         """``output`` is the descriptor of the pipe it writes its log to."""
@@ -26,6 +35,8 @@ class LauncherProcess:
         self._output = output
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._regrouping: float | None = None  # since when it should be stopping its ranks
+        self.fault = ""
 
     def start(self) -> socket.socket:
         """Start it; returns our end of the link."""
@@ -52,6 +63,11 @@ class LauncherProcess:
         theirs.close()
         return ours
 
+    @property
+    def pid(self) -> int:
+        """Its process, which is also the session of its ranks; 0 before the start."""
+        return 0 if self._process is None else self._process.pid
+
     async def converse(
         self, sock: socket.socket, hear: Callable[[FromLauncher], Awaitable[None]]
     ) -> None:
@@ -62,12 +78,28 @@ class LauncherProcess:
 
     def tell(self, message: ToLauncher) -> None:
         """Send a command, if it listens already."""
+        if isinstance(message, Regroup):
+            self._regrouping = time.monotonic()
         if self._writer is not None:
             self._writer.write(encode(message))
 
-    def kill(self) -> None:
-        """End it; its fork server and its ranks die with it."""
-        if self._process is not None and self._process.returncode is None:
+    def has_stopped_ranks(self) -> None:
+        """It did as it was told."""
+        self._regrouping = None
+
+    def be_patient(self) -> None:
+        """Count its time anew: this process could not run, and maybe nobody could."""
+        self._regrouping = self._regrouping and time.monotonic()
+
+    def kill_if_stuck(self, ranks_run: bool) -> None:
+        """End it if it does not stop its ranks. Its fork server and its ranks die with it.
+
+        ``ranks_run`` is false while it may still be starting some.
+        """
+        patience = REGROUP_SECONDS if ranks_run else REGROUP_STARTING_SECONDS
+        late = self._regrouping is not None and time.monotonic() - self._regrouping > patience
+        if late and self._process is not None and self._process.returncode is None:
+            self.fault = f"the launcher did not stop its ranks within {patience:.0f} s"
             process.kill(self._process.pid)
 
     def kill_leftovers(self) -> None:

@@ -71,6 +71,14 @@ class LogPump:
             if source != LAUNCHER:
                 self._prefix[source] = b"[rank %d] " % rank if rank else b""
 
+    def insert(self, local_rank: int, text: str) -> None:
+        """Write ``text`` as if this rank had; blocks as long as the reader of our output does."""
+        prefix = self._prefix[local_rank]
+        # A closed standard output is no reason to fail.
+        with contextlib.suppress(OSError, ValueError):
+            self._out.write(b"".join(prefix + line.encode() + b"\n" for line in text.splitlines()))
+            self._out.flush()
+
     def tail(self, source: int) -> list[str]:
         """The last lines of a local rank, or of the :data:`LAUNCHER`."""
         return list(self._tails[source])

@@ -19,14 +19,18 @@ first, wherever it was.
 This module is pure: messages in, messages out. Sockets are in :mod:`pretrain_agent.wires`.
 """
 
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter
 
-from pretrain_api.wire import ExitCode, Failure, Wire
+from pretrain_agent.hang import SILENT_SECONDS, Hung, Lookout, Pulse
+from pretrain_api.wire import ExitCode, Failure, Phase, Wire
 
 MAX_FAILURES = 3  # rank failures without a new step, before the world gives up in place
 PEER_LOST = "PeerLost"  # reason of a failure that is only the echo of another rank's
+HUNG = "Hung"  # reason of a failure that was found with the whole world in view
 PERMANENT = frozenset({ExitCode.CONFIG, ExitCode.DO_NOT_RETRY})
 
 
@@ -99,10 +103,11 @@ class Go(Wire):
 
 
 class Over(Wire):
-    """Somebody left ``round``: stop its ranks and join the next."""
+    """Somebody left ``round``, or a rank ``hung`` in it: stop its ranks and join the next."""
 
     kind: Literal["over"] = "over"
     round: int
+    hung: Hung | None = None
 
 
 class Leave(Wire):
@@ -119,7 +124,7 @@ class Released(Wire):
     kind: Literal["released"] = "released"
 
 
-FromAgent = Hello | Join | Paused | Opened | Done
+FromAgent = Hello | Join | Paused | Opened | Done | Pulse
 FromLeader = Open | Go | Over | Leave | Released
 FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="kind")])
 FROM_LEADER: TypeAdapter[FromLeader] = TypeAdapter(
@@ -132,6 +137,13 @@ class Letter(NamedTuple):
 
     rank: int
     message: FromLeader
+
+
+class Waiting(NamedTuple):
+    """The agents that all others wait for, and for how many seconds."""
+
+    agents: tuple[int, ...] = ()
+    seconds: float | None = None
 
 
 class Tally(NamedTuple):
@@ -153,15 +165,23 @@ def root_cause(failures: list[Failure]) -> Failure | None:
 
 def _echo(failure: Failure) -> int:
     """How much a failure looks like an echo; of equals, the first is to blame."""
+    if failure.reason == HUNG:
+        return -1
     if failure.reason == PEER_LOST:
         return 2
     return int(failure.signal == "SIGABRT")
 
 
 class Meeting:
-    """The leader's book about one generation. See the module's docstring for the protocol."""
+    """The leader's book about one generation. See the module's docstring for the protocol.
 
-    def __init__(self, generation: int, size: int) -> None:
+    ``clock`` is a monotonic one, in seconds.
+    """
+
+    def __init__(
+        self, generation: int, size: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self.generation = generation
         self.size = size
         self.round = -1  # the newest round that was started
@@ -169,6 +189,9 @@ class Meeting:
         self.last_failure: Failure | None = None
         self._best_step = 0
         self._joined: dict[int, Join] = {}  # in order of arrival
+        self._first_joined = 0.0  # when the first of them did
+        self._hung: Hung | None = None  # in the running round
+        self._lookout = Lookout(self.round, clock())
         self._go: Go | None = None
         self._verdict: Leave | None = None
         self._done: set[int] = set()
@@ -187,6 +210,44 @@ class Meeting:
                 return self._opened(rank, message)
             case Done():
                 return self._finish(rank, message)
+            case Pulse():
+                self._lookout.hear(rank, message, self._clock())
+                return []
+
+    def judge(self, granted: Mapping[Phase, float]) -> list[Letter]:
+        """End the running round if a rank hangs in it.
+
+        ``granted`` are the seconds that each phase may last without a sign of life.
+        """
+        if self._go is None or self._verdict is not None or self._broken():
+            return []
+        self._hung = self._lookout.verdict(self._working(), granted, self._clock())
+        return self._end_round()
+
+    def waiting(self) -> Waiting:
+        """Who is missing: for the next round, or in the running one, where they are not heard."""
+        now = self._clock()
+        if self._verdict is not None:
+            return Waiting()
+        if self._go is not None and not self._broken():
+            silent = {rank: self._lookout.silence(rank, now) for rank in self._working()}
+            silent = {rank: gone for rank, gone in silent.items() if gone > SILENT_SECONDS}
+            return Waiting(tuple(silent), max(silent.values())) if silent else Waiting()
+        missing = tuple(self._others())
+        return Waiting(missing, now - self._first_joined) if self._joined and missing else Waiting()
+
+    def start_over(self) -> None:
+        """The leader could not run for a while: what it heard before is out of date."""
+        self._lookout.start_over(self._clock())
+
+    def _others(self) -> Iterable[int]:
+        """Agents that have not said that their ranks stopped."""
+        gone = self._joined.keys() | self._paused.keys()
+        return [rank for rank in range(self.size) if rank not in gone]
+
+    def _working(self) -> Iterable[int]:
+        """Agents whose ranks should be running."""
+        return [rank for rank in self._others() if rank not in self._done]
 
     def _to_all(self, message: FromLeader) -> list[Letter]:
         return [Letter(rank, message) for rank in range(self.size)]
@@ -204,6 +265,8 @@ class Meeting:
             return [Letter(rank, self._go)]  # it missed the start and asks again
         if join.round != self.round + 1:
             return []
+        if not self._joined:
+            self._first_joined = self._clock()
         self._joined.setdefault(rank, join)
         if join.failure is not None and join.failure.exit_code in PERMANENT:
             return self._leave(join.failure)
@@ -223,12 +286,13 @@ class Meeting:
         """Tell those who may still be in the running round that it is over, if that is so."""
         if self._go is None or not self._broken():
             return []
-        gone = self._joined.keys() | self._paused.keys()
-        over = Over(round=self.round)
-        return [Letter(rank, over) for rank in range(self.size) if rank not in gone]
+        over = Over(round=self.round, hung=self._hung)
+        return [Letter(rank, over) for rank in self._others()]
 
     def _broken(self) -> bool:
-        """Whether the running round lost ranks that did not save and leave."""
+        """Whether a rank hangs in the running round, or left it in another way than by request."""
+        if self._hung is not None:
+            return True
         joined = any(not join.left for join in self._joined.values())
         paused = any(not (p.left and p.round == self.round) for p in self._paused.values())
         return joined or paused
@@ -263,6 +327,8 @@ class Meeting:
         self.round = opened.round
         self._joined.clear()
         self._done.clear()
+        self._hung = None
+        self._lookout = Lookout(self.round, self._clock())
         self._go = Go(
             round=self.round,
             port=opened.port,

@@ -48,14 +48,28 @@ def die_with_parent() -> None:
 def process_table() -> Iterator[Process]:
     """Every process visible in this PID namespace."""
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            stat = (entry / "stat").read_text(errors="replace")
-        except OSError:
-            continue  # it ended between the listing and the read
-        state, parent, _, session = stat.rpartition(")")[2].split()[:4]
-        yield Process(int(entry.name), int(parent), int(session), state)
+        if entry.name.isdecimal() and (found := look_up(int(entry.name))) is not None:
+            yield found
+
+
+def look_up(pid: int) -> Process | None:
+    """One process, or None when there is none with this id."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    state, parent, _, session = stat.rpartition(")")[2].split()[:4]
+    return Process(pid, int(parent), int(session), state)
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, so that sending it does not end the process."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def descendants(root: int) -> list[Process]:

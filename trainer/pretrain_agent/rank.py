@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pretrain_agent import stacks
 from pretrain_agent.board import Board
 from pretrain_agent.logs import pipe_path
 from pretrain_agent.meeting import PEER_LOST
@@ -52,6 +53,7 @@ def run(entry_point: str, config: str, environment: Mapping[str, str]) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     path = Path(os.environ[names.ENV_BOARD])
     _redirect(pipe_path(path.parent, local_rank))
+    stacks.answer_signal(path.parent, local_rank)
     board = Board.open(path)
     board.publish(local_rank, Phase.STARTING, 0)
     try:

@@ -11,6 +11,7 @@ period is nearly over.
 """
 
 import asyncio
+import json
 import logging
 import os
 import shutil
@@ -23,6 +24,9 @@ from pretrain_agent import cgroup, failures, logs, process, termination
 from pretrain_agent.assignment import AssignmentFile
 from pretrain_agent.board import Board
 from pretrain_agent.endpoints import Endpoints
+from pretrain_agent.evidence import Evidence
+from pretrain_agent.hang import Hung
+from pretrain_agent.hangwatch import HangWatch
 from pretrain_agent.launching import LauncherProcess
 from pretrain_agent.link import (
     Finished,
@@ -42,6 +46,7 @@ from pretrain_agent.meeting import (
     Meeting,
     Open,
     Opened,
+    Over,
     Paused,
     Released,
 )
@@ -49,6 +54,7 @@ from pretrain_agent.member import Member, Saying, State, leader_address
 from pretrain_agent.orders import Orders
 from pretrain_agent.settings import Settings
 from pretrain_agent.termination import Outcome
+from pretrain_agent.timeline import Stages
 from pretrain_agent.wires import MeetingClient, MeetingServer, listen
 from pretrain_api.wire import (
     Assignment,
@@ -90,8 +96,13 @@ class Supervisor:
         self._client_task: asyncio.Task[None] | None = None
         self._oom_kills = cgroup.oom_kills()
         self.turn = time.monotonic()
-        self.restart_seconds: float | None = None
-        self._stopped_at: float | None = None  # when the failure was reported, until all run again
+        self.stages = Stages()
+        self.evidence = Evidence(
+            self.directory, self.board, self.pump, _output_folder(settings.config)
+        )
+        self.hangs = HangWatch(self.server, self.evidence)
+        self._hung: Failure | None = None  # of a local rank, to be reported when all have stopped
+        self._condemning: asyncio.Task[None] | None = None
         self._outcome: asyncio.Future[Outcome] | None = None
         self._message: TerminationMessage | None = None  # the last one written
 
@@ -151,7 +162,7 @@ class Supervisor:
             self._outcome.set_result(outcome)
 
     async def _close(self, *tasks: asyncio.Task[None]) -> None:
-        for task in (*tasks, self._client_task):
+        for task in (*tasks, self._client_task, self._condemning):
             if task is not None:
                 task.cancel()
         await self.server.close()
@@ -160,6 +171,7 @@ class Supervisor:
         if survivors:
             log.error("could not kill processes %s", [survivor.pid for survivor in survivors])
         self.launcher.forget()
+        self.evidence.close()
         self.pump.close()
 
     def _leave_message(self, outcome: Outcome) -> None:
@@ -184,6 +196,11 @@ class Supervisor:
     def _generation(self) -> int:
         return 0 if self.member.assignment is None else self.member.assignment.generation
 
+    @property
+    def restart_seconds(self) -> float | None:
+        """How long the last restart after a failure took here."""
+        return self.stages.restart_seconds
+
     def status(self) -> WorkerStatus:
         """The status document; called from the threads of the HTTP server."""
         beats = self.board.beats()
@@ -203,6 +220,9 @@ class Supervisor:
             draining=self.orders.leaving,
             warm=self.member.state is not State.WARMING,
             paused=self.member.paused,
+            waiting_for=self.hangs.waiting.agents,
+            waiting_seconds=self.hangs.waiting.seconds,
+            timeline=self.stages.newest,
         )
 
     # -- the operator's word --------------------------------------------------------------------
@@ -210,7 +230,7 @@ class Supervisor:
     async def _watch(self) -> None:
         """Look at the assignment and at the clock, again and again."""
         while True:
-            self.turn = time.monotonic()
+            self._look(time.monotonic())
             if (assignment := self.file.poll()) is not None:
                 before = self.member.assignment
                 sayings = self.member.assign(assignment)
@@ -219,20 +239,23 @@ class Supervisor:
                 self._say(sayings)
                 self._obey(assignment.orders)
             self.orders.end_save()
-            self._time_restart()
             if self.orders.overdue(self.turn):
                 text = "the grace period ended before the checkpoint was saved"
                 self._end(termination.preempted(Failure(reason="RankFailed", message=text)))
             await asyncio.sleep(POLL_SECONDS)
 
-    def _time_restart(self) -> None:
-        """Note how long a restart in place took, once every rank runs again."""
+    def _look(self, now: float) -> None:
+        """See how the ranks and the launcher are, and how this process itself is."""
         beats = self.board.beats()
-        if self._stopped_at is None or any(beat.phase is Phase.WAITING for beat in beats):
-            return
-        self.restart_seconds = max(beat.at for beat in beats) - self._stopped_at
-        self._stopped_at = None
-        log.info("all ranks run again after %.2f s", self.restart_seconds)
+        if self.hangs.look(beats, now):
+            log.warning("this process could not run for %.0f s", now - self.turn)
+            self.launcher.be_patient()
+        self.turn = now
+        self.stages.look(beats)
+        running = self.client if self.member.state is State.RUNNING else None
+        assignment = self.member.assignment
+        self.hangs.tick(beats, running, assignment.hang if assignment else None, now)
+        self.launcher.kill_if_stuck(all(beat.pid for beat in beats))
 
     def _enter_generation(self, assignment: Assignment) -> None:
         """Host or find the meeting of the new generation."""
@@ -243,6 +266,7 @@ class Supervisor:
             self._client_task.cancel()
         self._client_task, self.client = None, None
         self.failures_without_progress = 0
+        self.hangs.begin_generation()
         if self.member.state in (State.WARMING, State.STOPPED):
             self._forget_progress_of_others()
         leads = assignment.rank == 0
@@ -307,7 +331,26 @@ class Supervisor:
             self.failures_without_progress = message.failures
         if isinstance(message, Go):
             self.last_failure = message.last_failure or self.last_failure
-        self._say(self.member.hear(message))
+        sayings = self.member.hear(message)
+        if isinstance(message, Over) and message.hung is not None and sayings == [Regroup()]:
+            self._condemn(message.hung, self._generation, message.round)
+        else:
+            self._say(sayings)
+
+    def _condemn(self, hung: Hung, generation: int, number: int) -> None:
+        """A rank somewhere hangs: take the stacks here before the ranks are stopped."""
+        if not self.hangs.is_news(generation, number):
+            return
+
+        async def condemn() -> None:
+            failure = await self.hangs.take_evidence(hung, generation, self.launcher.pid)
+            same_round = (self._generation, self.member.round) == (generation, number)
+            if same_round and self.member.state is State.RUNNING:
+                self._hung = failure
+                self._say([Regroup()])
+
+        self._condemning = asyncio.create_task(condemn())
+        self._condemning.add_done_callback(self._surface)
 
     def _say(self, sayings: list[Saying]) -> None:
         """Carry out what the member decided."""
@@ -316,8 +359,12 @@ class Supervisor:
                 case Join() | Paused() | Opened() | Done():
                     if self.client is not None:
                         self.client.say(saying)
+                    if isinstance(saying, Join):
+                        self.stages.joined(self._generation, saying.round, time.monotonic())
                 case Open() | Regroup():
                     self.launcher.tell(saying)
+                    if isinstance(saying, Regroup):
+                        self.stages.stopped(time.monotonic(), failed=False)
                 case Start():
                     self._begin_round(saying)
                 case Leave():
@@ -330,6 +377,9 @@ class Supervisor:
         if start.round > 0:
             self.restarts += 1
         self.pump.begin_round(start.rank * self.settings.processes)
+        now = time.monotonic()
+        self.hangs.begin_round(start.round, start.rank * self.settings.processes, now)
+        self.stages.started(start.generation, start.round, now)
         self.launcher.tell(start)
 
     async def _hear_launcher(self, message: FromLauncher) -> None:
@@ -345,8 +395,12 @@ class Supervisor:
 
     async def _account_for_stop(self, stopped: Stopped) -> None:
         """Ranks are down: find out why, clear the board, and ask for the next round."""
+        self.launcher.has_stopped_ranks()
+        if stopped.exits:
+            self.stages.stopped(time.monotonic(), failed=True)
         await asyncio.get_running_loop().run_in_executor(None, self.pump.flush)
-        failure = self._blame(stopped.exits)
+        hung, self._hung = self._hung, None
+        failure = hung or self._blame(stopped.exits)
         left = failure is None and bool(stopped.exits)
         step = max(beat.step for beat in self.board.beats())
         self.launcher.kill_leftovers()
@@ -357,8 +411,6 @@ class Supervisor:
             self._end(termination.preempted(failure) if failure is None else _unsaved(failure))
             return
         self.board.clear()
-        if stopped.exits:
-            self._stopped_at = time.monotonic()
         sayings = self.member.stopped(step, failure, left)
         if self.orders.pausing:
             self.last_failure = failure or self.last_failure
@@ -407,9 +459,10 @@ class Supervisor:
             return
         failure = Failure(
             exit_code=1,
-            signal=failures.signal_name(-code) if code < 0 else None,
+            signal=failures.signal_name(-code) if code < 0 and not self.launcher.fault else None,
             reason="Launcher",
-            message=failures.tail_text(self.pump.tail(logs.LAUNCHER))
+            message=self.launcher.fault
+            or failures.tail_text(self.pump.tail(logs.LAUNCHER))
             or f"the launcher left with exit code {code}",
         )
         self._end(
@@ -426,6 +479,18 @@ def _unsaved(failure: Failure) -> Outcome:
 
 def _last_line(failure: Failure) -> str:
     return failure.message.rstrip().rpartition("\n")[2]
+
+
+def _output_folder(config: Path) -> Path | None:
+    """The folder the run writes to, or None where the configuration doesn't say or isn't readable.
+
+    Saying what is wrong with a configuration is up to the trainer.
+    """
+    try:
+        folder = json.loads(config.read_bytes())["job"]["dump_folder"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Path(folder) if isinstance(folder, str) else None
 
 
 def _run_directory() -> Path:

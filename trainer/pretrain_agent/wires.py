@@ -11,11 +11,12 @@ import contextlib
 import hmac
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from pretrain_agent.hang import Pulse
 from pretrain_agent.meeting import (
     FROM_AGENT,
     FROM_LEADER,
@@ -27,8 +28,9 @@ from pretrain_agent.meeting import (
     Meeting,
     Opened,
     Paused,
+    Waiting,
 )
-from pretrain_api.wire import Wire
+from pretrain_api.wire import Phase, Wire
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +173,20 @@ class MeetingServer:
             if (writer := self._members.get(letter.rank)) is not None:
                 writer.write(encode(letter.message))
 
+    def judge(self, granted: Mapping[Phase, float]) -> None:
+        """Have the meeting, if there is one here, look for ranks that hang."""
+        if self._meeting is not None:
+            self._deliver(self._meeting.judge(granted))
+
+    def waiting(self) -> Waiting:
+        """Who is missing at the meeting; nobody where there is none."""
+        return Waiting() if self._meeting is None else self._meeting.waiting()
+
+    def start_over(self) -> None:
+        """This process could not run for a while."""
+        if self._meeting is not None:
+            self._meeting.start_over()
+
     async def close(self) -> None:
         """Send what is left to send, and stop."""
         if self._server is not None:
@@ -196,10 +212,13 @@ class MeetingClient:
         self._standing: Join | Paused | Done | None = None  # said again on every new connection
         self._writer: asyncio.StreamWriter | None = None
 
-    def say(self, message: Join | Paused | Opened | Done) -> None:
-        """Tell the leader, now if connected and otherwise as soon as that is so."""
-        if not isinstance(message, Opened):
-            self._standing = message  # an Opened is asked for again when it was lost
+    def say(self, message: Join | Paused | Opened | Done | Pulse) -> None:
+        """Tell the leader, now if connected and otherwise as soon as that is so.
+
+        An Opened that gets lost is asked for again, and the next Pulse is never far.
+        """
+        if not isinstance(message, Opened | Pulse):
+            self._standing = message
         if self._writer is not None:
             self._writer.write(encode(message))
 
