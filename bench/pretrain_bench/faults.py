@@ -64,6 +64,11 @@ class Scene:
         """The pod of some worker."""
         return self.worker(self.rng.randrange(self.size()))
 
+    def running(self) -> list[Pod]:
+        """The job's pods that have not ended."""
+        pods = self.jobs.pods(self.job)
+        return [pod for pod in pods if pod["status"].get("phase") not in ("Failed", "Succeeded")]
+
     def operator(self) -> Pod:
         """The operator's pod. Raises BenchError if there is none."""
         pods = self.jobs.client.get(pods_path(SYSTEM_NAMESPACE, OPERATOR_LABEL))["items"]
@@ -288,11 +293,11 @@ def kill_operator_in_recovery(scene: Scene) -> Injury:
 
 
 def suspend(scene: Scene) -> None:
-    """Suspend the job and wait until its pods are gone."""
+    """Suspend the job and wait until none of its pods runs; those that failed are kept."""
     scene.jobs.patch(scene.job, {"suspend": True})
     scene.jobs.wait(
         scene.job,
-        lambda job: job.holds(names.SUSPENDED) and not scene.jobs.pods(scene.job),
+        lambda job: job.holds(names.SUSPENDED) and not scene.running(),
         PATIENCE_SECONDS,
         "its suspension",
     )
