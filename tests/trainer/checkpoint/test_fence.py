@@ -1,12 +1,19 @@
 """Who may change a root: one job, and of it the newest generation."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pretrain_trainer.checkpoint.errors import CheckpointConfigError, FencedError
+from pretrain_trainer.checkpoint.errors import (
+    CheckpointConfigError,
+    FencedError,
+    SaveFailedError,
+)
 from pretrain_trainer.errors import BadInputError, HopelessError
 
 
@@ -166,3 +173,49 @@ def test_a_volume_that_only_reads_can_be_loaded_from(manager, state, root, tmp_p
     assert names(root) == before
     shutil.rmtree(root)
     assert manager(load_only=True).load(state(10)).step is None
+
+
+@pytest.mark.parametrize("use", ["load", "save"])
+@pytest.mark.parametrize("call", ["open", "preadv"])
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_an_owner_that_can_not_be_read_now_may_be_read_later(
+    manager, state, monkeypatch, use, call, error
+):
+    """Trouble of the storage is no configuration error: another attempt may find it over."""
+    saver = manager()
+    saver.save(10, state(10))
+    real, handles = {name: getattr(os, name) for name in ("open", "preadv")}, []
+
+    def troubled(*arguments: Any, **keywords: Any) -> Any:
+        name = arguments[0]
+        if (call == "open" and name == "root.json") or name in handles:
+            raise OSError(error, os.strerror(error))
+        return real[call](*arguments, **keywords)
+
+    def noted(*arguments: Any, **keywords: Any) -> int:
+        handle = real["open"](*arguments, **keywords)
+        handles.extend([handle] if arguments[0] == "root.json" else [])
+        return handle
+
+    with monkeypatch.context() as patch:
+        if call == "preadv":
+            patch.setattr(os, "open", noted)
+        patch.setattr(os, call, troubled)
+        with pytest.raises(SaveFailedError) as failed:
+            manager(generation=2).load(state(10)) if use == "load" else saver.save(20, state(20))
+    assert os.strerror(error) in str(failed.value)
+    assert not isinstance(failed.value, BadInputError)
+    assert manager(generation=2).load(state(10)).step == 10
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '"job-1"', "\ud800", '{"job_uid": 3}'])
+def test_an_owner_with_wrong_content_needs_a_person(manager, state, root, content):
+    manager().save(10, state(10))
+    owner = root / "root.json"
+    owner.unlink()
+    if content is None:
+        owner.mkdir()
+    else:
+        owner.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointConfigError, match=r"root\.json can't be read|another job"):
+        manager(generation=2).load(state(10))

@@ -220,7 +220,7 @@ class CheckpointManager:
                 self._root.enter()
             except OSError as error:
                 raise SaveFailedError(
-                    f"{self._root.path} can't be written: {error.strerror}"
+                    f"{self._root.path} can't be claimed: {error.strerror}"
                 ) from error
 
         if not self._entered:

@@ -13,28 +13,37 @@ ones. Two generations that start at the same time each create before they list, 
 older one sees the other. From then on a process may commit or delete only while its own claim is
 still there and no newer one is. The check opens the own claim, because opening is what makes shared
 file systems ask their server again; a claim that was taken away stays away even where listings are
-stale. Between that check and the rename of a commit a few microseconds remain that no file system
-call can close: a writer stopped just there may still add its checkpoint, complete and valid, of a
-step the newer generation computes too. It can't overwrite or remove anything.
+stale.
+
+Between that check and the rename it allows a process may be stopped for hours. So renames don't
+rely on the check alone. A commit renames a folder that the newer generation deletes when it enters:
+then there is nothing left to rename. A deletion first takes the checkpoint's name away, then checks
+again, and gives the name back if the root has changed hands meanwhile. What remains, on a file
+system whose clients agree, is a process that is stopped between those two renames, a few
+microseconds: it leaves one old, dispensable checkpoint without its name until it wakes up. Where
+clients disagree for a while about what is in a folder, a writer stopped before its commit may still
+add its checkpoint: complete, valid, and of a step the newer generation computes too.
 
 **The owner.** root.json is written at first use. A root of another job is refused, because mixing
 two jobs' checkpoints would resume one from the other. So is a root that has checkpoints but no
 root.json, which somebody else's trainer wrote.
 """
 
+import errno
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
 from . import manifest
-from .errors import CheckpointConfigError, DamagedError, FencedError
+from .errors import CheckpointConfigError, CheckpointError, DamagedError, FencedError
 from .files import Folder, sync_folder, write_durably
 
 OWNER: Final = "root.json"
@@ -42,6 +51,9 @@ OWNER: Final = "root.json"
 _STEP = re.compile(r"\Astep-(0|[1-9][0-9]{0,17})\Z")
 _CLAIM = re.compile(r"\A\.fence-g([0-9]{1,18})-r([0-9]{1,18})-([0-9a-f]{8})\Z")
 _LEFTOVER = re.compile(r"\A\.(?:saving|deleting)-step-[0-9]+-g([0-9]{1,18})-r([0-9]{1,18})-")
+# What the storage says of root.json where somebody has removed or replaced it. Anything else, such
+# as a stale handle, may pass.
+_WRONG = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _LISTING_LIMIT = 100_000  # names; a root with more of them is not one of ours
 
 
@@ -99,7 +111,7 @@ class Root:
         Raises:
             CheckpointConfigError: the root is another job's.
             FencedError: a newer generation holds it.
-            OSError: it can't be written.
+            OSError: it can't be read or written.
         """
         os.makedirs(self.path, exist_ok=True)
         self._own()
@@ -121,6 +133,7 @@ class Root:
         Raises:
             CheckpointConfigError: another job took the root.
             FencedError: a newer generation holds it.
+            OSError: the storage doesn't say.
         """
         self._compare_owner()
         for _, age in self._claims():
@@ -151,6 +164,8 @@ class Root:
             raise FileExistsError(f"{target.name} appeared while it was being saved")
         try:
             os.rename(folder, target)
+        except FileNotFoundError:
+            raise  # a newer generation has cleared it away
         except OSError:
             if target.exists():
                 raise
@@ -162,10 +177,16 @@ class Root:
 
         Raises:
             CheckpointConfigError, FencedError: this process may not delete.
+            OSError: the file system refused.
         """
         self.check()
         doomed = self._aside("deleting", step)
         os.rename(self.step(step), doomed)
+        try:
+            self.check()  # again: nobody may have come who counts on this checkpoint
+        except (CheckpointError, OSError):
+            os.rename(doomed, self.step(step))
+            raise
         _delete(doomed)
         sync_folder(self.path)
 
@@ -183,7 +204,8 @@ class Root:
             match = _LEFTOVER.match(entry.name)
             mine = match and (int(match[1]), int(match[2])) <= self._age
             if mine and entry.is_dir(follow_symlinks=False):
-                _delete(self.path / entry.name)
+                with suppress(FileNotFoundError):  # its maker renames it just now
+                    _delete(self.path / entry.name)
 
     def _aside(self, verb: str, step: int) -> Path:
         unique = secrets.token_hex(4)
@@ -225,11 +247,19 @@ class Root:
         self._compare_owner()
 
     def _compare_owner(self) -> None:
+        """Make sure that root.json names this job.
+
+        Raises:
+            CheckpointConfigError: it doesn't, or it is no such file.
+            OSError: it can't be read now.
+        """
         try:
             with Folder.open(self.path) as folder:
                 content = json.loads(folder.small_file(OWNER, 1 << 16))
             owner = content["job_uid"]
         except (DamagedError, ValueError, KeyError, TypeError) as error:
+            if isinstance(trouble := error.__cause__, OSError) and trouble.errno not in _WRONG:
+                raise trouble from error  # of the storage; it says nothing about the content
             raise CheckpointConfigError(
                 f"{self.path / OWNER} can't be read ({error}): if the checkpoints beside it are "
                 f'this job\'s, write {{"job_uid": "{self._identity.job_uid}"}} into it'
