@@ -13,18 +13,25 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine, Iterable
+from functools import partial
 from typing import Any
-
-from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from pretrain_api.wire import ExitCode
 from pretrain_operator import handlers
-from pretrain_operator.cluster import Cluster, ClusterError, ConflictError, HttpCluster
+from pretrain_operator.audit import Audit
+from pretrain_operator.cluster import (
+    Body,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    HttpCluster,
+    Kind,
+)
 from pretrain_operator.lease import GuardedCluster, Keeper, NotLeadingError
 from pretrain_operator.logs import configure_logging
 from pretrain_operator.metrics import Metrics
+from pretrain_operator.pages import Pages, serve
 from pretrain_operator.queue import WorkQueue
 from pretrain_operator.reconcile import Key, Reconciler
 from pretrain_operator.settings import Settings, SettingsError, load
@@ -38,11 +45,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class QueueNudge:
-    """Handlers' news become keys in the queue."""
+    """Handlers' news become keys in the queue, and entries in the audit."""
 
-    def __init__(self, queue: WorkQueue[Key], metrics: Metrics) -> None:
+    def __init__(self, queue: WorkQueue[Key], metrics: Metrics, audit: Audit) -> None:
         self._queue = queue
         self._metrics = metrics
+        self.saw = audit.saw
 
     def changed(self, key: Key) -> None:
         """A round for it, soon."""
@@ -71,17 +79,38 @@ async def operate(settings: Settings) -> None:
                 quiet=(ConflictError, NotLeadingError),
                 gate=keeper.wait if keeper else None,
             )
-            sites = await serve(settings, metrics, queue, ready=lambda: cache.attached)
+            audit = Audit(
+                partial(list_watched, cluster),
+                cluster.get,
+                cache,
+                queue.add,
+                metrics,
+                namespaces=settings.namespaces,
+            )
+            pages = Pages(metrics, lambda: cache.attached, [partial(stuck, queue), audit.trouble])
+            sites = await serve(settings, pages)
             try:
                 if await before_signal(wait_for_crd(cluster)):
-                    chores = Chores(queue, keeper)
-                    nudge = QueueNudge(queue, metrics)
+                    chores = Chores([queue.run(), audit.run()], keeper)
+                    nudge = QueueNudge(queue, metrics, audit)
                     registry = handlers.build_registry(cache, nudge, chores.end)
                     await watch(registry, settings.namespaces, chores)
             finally:
                 await asyncio.gather(*(site.cleanup() for site in sites))
     finally:
         await cluster.close()
+
+
+async def list_watched(cluster: HttpCluster, kind: Kind, namespace: str) -> list[Body]:
+    """The metadata of what the watch of that kind should bring."""
+    selector = handlers.SELECTOR if kind is Kind.POD else ""
+    return await cluster.list_metadata(kind, namespace, selector)
+
+
+def stuck(queue: WorkQueue[Key], limit: float = STUCK_SECONDS) -> str | None:
+    """The sentence that says a round hangs; None if none does."""
+    seconds = queue.longest_round
+    return f"a round has taken {seconds:.0f} s" if seconds > limit else None
 
 
 def keeper_of(cluster: Cluster, settings: Settings, metrics: Metrics) -> Keeper | None:
@@ -97,11 +126,12 @@ def keeper_of(cluster: Cluster, settings: Settings, metrics: Metrics) -> Keeper 
 class Chores:
     """What goes on beside the watches."""
 
-    def __init__(self, queue: WorkQueue[Key], keeper: Keeper | None) -> None:
+    def __init__(
+        self, work: Iterable[Coroutine[Any, Any, None]], keeper: Keeper | None = None
+    ) -> None:
         self._keeper = keeper
-        self.tasks = [asyncio.create_task(queue.run(), name="work queue")]
-        if keeper:
-            self.tasks.append(asyncio.create_task(keeper.run(), name="lease"))
+        keeping = [keeper.run()] if keeper else []
+        self.tasks = [asyncio.create_task(each) for each in (*work, *keeping)]
 
     async def end(self) -> None:
         """End the rounds, then let another operator lead. May be called again."""
@@ -158,49 +188,6 @@ async def wait_for_crd(cluster: HttpCluster) -> None:
             log.info("waiting for the CustomResourceDefinition of PretrainJob")
         said = True
         await asyncio.sleep(CRD_RETRY_SECONDS)
-
-
-async def serve(
-    settings: Settings,
-    metrics: Metrics,
-    queue: WorkQueue[Key],
-    *,
-    ready: Callable[[], bool],
-    stuck_seconds: float = STUCK_SECONDS,
-) -> list[web.AppRunner]:
-    """Start /metrics, /healthz and /readyz; the returned runners are to be cleaned up.
-
-    Healthy is who makes rounds or could; ready is who also knows the pods.
-    """
-
-    async def show_metrics(_: web.Request) -> web.Response:
-        text = generate_latest(metrics.registry)
-        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    async def show_health(_: web.Request) -> web.Response:
-        stuck = queue.longest_round > stuck_seconds
-        text = f"a round has taken {queue.longest_round:.0f} s\n" if stuck else "ok\n"
-        return web.Response(text=text, status=503 if stuck else 200)
-
-    async def show_ready(request: web.Request) -> web.Response:
-        if not ready():
-            return web.Response(text="the watches have not begun\n", status=503)
-        return await show_health(request)
-
-    runners: list[web.AppRunner] = []
-    sites = (
-        (settings.metrics_port, {"/metrics": show_metrics}),
-        (settings.health_port, {"/healthz": show_health, "/readyz": show_ready}),
-    )
-    for port, pages in sites:
-        if port:
-            app = web.Application()
-            app.add_routes([web.get(path, page) for path, page in pages.items()])
-            runner = web.AppRunner(app, access_log=None)
-            await runner.setup()
-            await web.TCPSite(runner, port=port).start()
-            runners.append(runner)
-    return runners
 
 
 def main() -> int:

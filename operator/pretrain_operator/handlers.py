@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import kopf
 
 from pretrain_api import names
-from pretrain_operator.reconcile import Key
+from pretrain_operator.audit import Item, item_of, reached
+from pretrain_operator.cluster import Kind
+from pretrain_operator.reconcile import Key, job_of
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +24,15 @@ Index = kopf.Index[Key, Mapping[str, Any]]
 
 
 class PodCache:
-    """Worker pods by job, fed by kopf's watch; complete before the first handler runs."""
+    """Worker pods by job, fed by kopf's watch; complete before the first handler runs.
+
+    What the watch failed to bring can be mended from outside.
+    """
 
     def __init__(self) -> None:
         self._index: Index | None = None
+        self._amended: dict[str, Mapping[str, Any]] = {}
+        self._gone: set[str] = set()
 
     def attach(self, index: Index) -> None:
         """Use kopf's index from now on."""
@@ -38,9 +45,37 @@ class PodCache:
 
     def __call__(self, key: Key) -> Iterable[Mapping[str, Any]]:
         """The pods of one job; none before the watch has begun."""
-        if self._index is None or key not in self._index:
-            return ()
-        return tuple(self._index[key])
+        brought = self._index[key] if self._index is not None and key in self._index else ()
+        found = {body["metadata"]["uid"]: body for body in brought}
+        for uid, body in self._amended.items():
+            if job_of(body) == key:
+                found[uid] = newer(found.get(uid), body)
+        return tuple(body for uid, body in found.items() if uid not in self._gone)
+
+    def amend(self, body: Mapping[str, Any]) -> None:
+        """Use this pod until the watch brings it or a newer one."""
+        self._amended[body["metadata"]["uid"]] = body
+
+    def drop(self, uid: str) -> None:
+        """This pod is gone, whatever the watch brought."""
+        self._amended.pop(uid, None)
+        self._gone.add(uid)
+
+    def saw(self, item: Item, *, gone: bool) -> None:
+        """The watch brought this version of a pod, or its end."""
+        amended = self._amended.get(item.uid)
+        if amended and (gone or reached(item.version, amended["metadata"]["resourceVersion"])):
+            del self._amended[item.uid]
+        if gone:
+            self._gone.discard(item.uid)
+
+
+def newer(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The later of two versions of an object."""
+    if one is None:
+        return other
+    versions = (each["metadata"]["resourceVersion"] for each in (one, other))
+    return one if reached(*versions) else other
 
 
 class Nudge(Protocol):
@@ -51,6 +86,9 @@ class Nudge(Protocol):
 
     def deleted(self, key: Key) -> None:
         """The job is gone."""
+
+    def saw(self, kind: Kind, item: Item, *, gone: bool) -> None:
+        """The watch brought this version of an object, or its end."""
 
 
 def build_registry(
@@ -82,28 +120,25 @@ def build_registry(
         key = job_of(body)
         return {key: dict(body)} if key else None
 
-    @kopf.on.event("v1", "pods", id="pod_changed", labels=ours, registry=registry)
-    async def _(body: kopf.Body, **_: Any) -> None:
-        if key := job_of(body):
-            nudge.changed(key)
+    @kopf.on.event("v1", "pods", id="pod_changed", registry=registry)
+    async def _(event: kopf.RawEvent, body: kopf.Body, **_: Any) -> None:
+        item, gone = item_of(Kind.POD, body), event["type"] == "DELETED"
+        cache.saw(item, gone=gone)
+        nudge.saw(Kind.POD, item, gone=gone)
+        if item.job:
+            nudge.changed(item.job)
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, id="job_changed", registry=registry)
-    async def _(event: kopf.RawEvent, namespace: str | None, name: str | None, **_: Any) -> None:
-        key = (namespace or "", name or "")
-        if event["type"] == "DELETED":
+    async def _(event: kopf.RawEvent, body: kopf.Body, **_: Any) -> None:
+        item, gone = item_of(Kind.JOB, body), event["type"] == "DELETED"
+        nudge.saw(Kind.JOB, item, gone=gone)
+        key = (item.namespace, item.name)
+        if gone:
             nudge.deleted(key)
         else:
             nudge.changed(key)
 
     return registry
-
-
-def job_of(body: Mapping[str, Any]) -> Key | None:
-    """The job a worker pod says it belongs to."""
-    meta: Mapping[str, Any] = body["metadata"]
-    labels: Mapping[str, str] = meta.get("labels", {})
-    name = labels.get(names.LABEL_JOB)
-    return (meta["namespace"], name) if name else None
 
 
 def configure(settings: kopf.OperatorSettings) -> None:

@@ -50,6 +50,12 @@ class Metrics:
         self.leader = Gauge(
             "pretrain_operator_leader", "Whether this operator makes the rounds.", registry=reg
         )
+        self.watch_lag = Gauge(
+            "pretrain_operator_watch_lag_seconds",
+            "For how long lists have shown what the watch did not bring, by kind.",
+            ["kind"],
+            registry=reg,
+        )
         self.restarts = Counter(
             "pretrain_job_restarts", "Restarts of a world, by reason.", ["reason"], registry=reg
         )

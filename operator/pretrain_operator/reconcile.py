@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from pretrain_api import names
 from pretrain_operator.apply import apply
 from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError
 from pretrain_operator.metrics import Metrics
@@ -17,6 +18,14 @@ from pretrain_operator.workers import Answers, Workers
 Key = tuple[str, str]  # namespace and name of a job
 
 NONCE_BYTES = 16
+
+
+def job_of(pod: Mapping[str, Any]) -> Key | None:
+    """The job a worker pod says it belongs to."""
+    meta: Mapping[str, Any] = pod["metadata"]
+    labels: Mapping[str, str] = meta.get("labels") or {}
+    name = labels.get(names.LABEL_JOB)
+    return (meta["namespace"], name) if name else None
 
 
 def utc_now() -> datetime:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -17,9 +18,19 @@ from aiohttp import web
 
 from pretrain_api import names
 from pretrain_operator import handlers, lease
-from pretrain_operator.__main__ import QueueNudge, operate, serve, wait_for_crd
+from pretrain_operator.__main__ import (
+    Chores,
+    QueueNudge,
+    list_watched,
+    operate,
+    stuck,
+    wait_for_crd,
+    watch,
+)
+from pretrain_operator.audit import Audit
 from pretrain_operator.cluster import Body, ClusterError, HttpCluster, Kind
 from pretrain_operator.metrics import Metrics
+from pretrain_operator.pages import Pages, serve
 from pretrain_operator.queue import WorkQueue
 from pretrain_operator.reconcile import Key, Reconciler
 from pretrain_operator.settings import Settings
@@ -157,7 +168,7 @@ async def kubeconfig(
     await runner.cleanup()
 
 
-async def nothing() -> None:
+async def nothing(*_: object) -> None:
     pass
 
 
@@ -175,7 +186,9 @@ async def test_events_become_rounds(bench: Bench, kubeconfig: Path) -> None:
     await wait_for_crd(cluster)
     rounds = asyncio.create_task(queue.run())
     await asyncio.sleep(0)
-    registry = handlers.build_registry(cache, QueueNudge(queue, metrics), nothing)
+    audit = Audit(partial(list_watched, cluster), cluster.get, cache, queue.add, metrics)
+    nudge = QueueNudge(queue, metrics, audit)
+    registry = handlers.build_registry(cache, nudge, nothing)
     watching = asyncio.create_task(handlers.run(registry, ()))
     try:
         await bench.submit()
@@ -191,6 +204,9 @@ async def test_events_become_rounds(bench: Bench, kubeconfig: Path) -> None:
         meta = bench.cluster.all(Kind.JOB)[0]["metadata"]
         assert "finalizers" not in meta
         assert not any("kopf" in key for key in meta.get("annotations", {}))
+        await audit.look(Kind.POD)
+        await audit.look(Kind.JOB)
+        assert audit.trouble() is None
         bench.cluster.vanish(Kind.JOB, JOB)
         shown = metrics.registry.get_sample_value
         labels = {"namespace": "default", "job": JOB}
@@ -212,7 +228,8 @@ async def test_health_and_metrics_pages(unused_tcp_port_factory: Callable[[], in
     rounds = asyncio.create_task(queue.run())
     settings = Settings(metrics_port=metrics_port, health_port=health_port)
     ready = asyncio.Event()
-    runners = await serve(settings, Metrics(), queue, ready=ready.is_set, stuck_seconds=0.05)
+    trouble = partial(stuck, queue, 0.05)
+    runners = await serve(settings, Pages(Metrics(), ready.is_set, [trouble]))
     async with aiohttp.ClientSession() as session:
         async with session.get(f"http://127.0.0.1:{metrics_port}/metrics") as response:
             assert "pretrain_operator_queue_depth" in await response.text()
@@ -229,6 +246,7 @@ async def test_health_and_metrics_pages(unused_tcp_port_factory: Callable[[], in
         await until(lambda: queue.longest_round > 0.05)
         async with session.get(health) as response:
             assert response.status == 503
+            assert "a round has taken" in await response.text()
     rounds.cancel()
     await asyncio.gather(rounds, *(runner.cleanup() for runner in runners), return_exceptions=True)
 
@@ -306,3 +324,30 @@ async def test_a_standby_watches_leads_when_it_may_and_hands_over_in_the_end(
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(process, 30)
     assert holder() == ""
+
+
+async def test_the_process_ends_with_whatever_it_is_made_of(
+    bench: Bench, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = handlers.PodCache()
+    fetch = partial(list_watched, bench.cluster)
+    audit = Audit(fetch, bench.cluster.get, cache, lambda _: None, Metrics())
+    queue: WorkQueue[Key] = WorkQueue(nothing, workers=1, metrics=Metrics())
+    nudge = QueueNudge(queue, Metrics(), audit)
+
+    async def fail() -> None:
+        raise RuntimeError("a fault in the program")
+
+    chores = Chores([fail(), queue.run()])
+    registry = handlers.build_registry(cache, nudge, chores.end)
+    with pytest.raises(RuntimeError, match="a fault in the program"):
+        await asyncio.wait_for(watch(registry, (), chores), 30)
+
+    async def run(*_: object) -> None:
+        raise RuntimeError("the watches have ended")
+
+    monkeypatch.setattr(handlers, "run", run)
+    chores = Chores([queue.run()])
+    with pytest.raises(RuntimeError, match="the watches have ended"):
+        await asyncio.wait_for(watch(registry, (), chores), 30)
+    assert all(task.cancelled() for task in chores.tasks)
