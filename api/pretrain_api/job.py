@@ -6,9 +6,9 @@ a job exists is said by transition rules: lifetime and recovery always, scheduli
 suspended, training and volumes never (create a new job and adopt the checkpoint).
 """
 
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
 from pretrain_api import names
@@ -79,6 +79,15 @@ class Workers(Section):
             holds=lambda w: w.max_replicas is None or w.max_replicas >= w.replicas,
         ),
         Rule(
+            path="pod_template.labels",
+            cel=f"!(has(self.podTemplate) && has(self.podTemplate.labels) && '{names.LABEL_QUEUE}' "
+            "in self.podTemplate.labels) || ((!has(self.minReplicas) || self.minReplicas == "
+            "self.replicas) && (!has(self.maxReplicas) || self.maxReplicas == self.replicas))",
+            message=f"{names.LABEL_QUEUE} puts the pods into a group that can't change its size; "
+            "remove minReplicas and maxReplicas, or the label",
+            holds=lambda w: names.LABEL_QUEUE not in w.pod_template.labels or not w.is_elastic,
+        ),
+        Rule(
             path="processes_per_worker",
             cel=f"!(has(self.resources) && has(self.resources.limits) && '{GPU}' in "
             f"self.resources.limits) || (string(self.resources.limits['{GPU}']).matches("
@@ -89,6 +98,11 @@ class Workers(Section):
             holds=lambda w: _enough_gpus(w.resources.limits.get(GPU), w.processes_per_worker),
         ),
     )
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether there may be more or fewer workers than now."""
+        return self.min_size < self.replicas or self.max_size > self.replicas
 
     @property
     def max_size(self) -> int:
@@ -274,6 +288,21 @@ class PretrainJob(BaseModel):
     metadata: ObjectMeta = ObjectMeta()
     spec: JobSpec
     status: JobStatus = JobStatus()
+
+    @model_validator(mode="after")
+    def _has_one_size_in_a_queue(self) -> Self:
+        if names.LABEL_QUEUE in self.metadata.labels and self.spec.workers.is_elastic:
+            raise ValueError(
+                f"metadata.labels: {names.LABEL_QUEUE} puts the pods into a group that can't "
+                "change its size; remove workers.minReplicas and workers.maxReplicas, or the label"
+            )
+        return self
+
+    @property
+    def queue(self) -> str | None:
+        """The queue of Kueue that admits its workers, if it is in one."""
+        inner = self.spec.workers.pod_template.labels.get(names.LABEL_QUEUE)
+        return inner or self.metadata.labels.get(names.LABEL_QUEUE)
 
     def run_config(
         self, output_dir: str = names.OUTPUT_DIR, sample_dir: str = names.SAMPLE_DIR

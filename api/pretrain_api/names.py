@@ -26,6 +26,9 @@ LABEL_GENERATION: Final = f"{GROUP}/created-in-generation"
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 MANAGED_BY: Final = "pretrain-operator"
 
+# Kueue's: on a job or its pods, the queue that admits its workers, all together.
+LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
+
 # The operator's word to a worker: JSON of wire.Assignment, projected into the pod as a file.
 ANNOTATION_ASSIGNMENT: Final = f"{GROUP}/assignment"
 

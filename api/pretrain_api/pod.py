@@ -64,7 +64,8 @@ _RESERVED_ENV = re.compile(
 # Queues and topology hints of the usual schedulers live under these and stay allowed.
 _RESERVED_LABEL = re.compile(
     r"^(([-a-z0-9.]*\.)?pretrain\.dev/.*|app\.kubernetes\.io/(name|instance|managed-by)"
-    r"|batch\.kubernetes\.io/.*|pod-security\.kubernetes\.io/.*)$"
+    r"|batch\.kubernetes\.io/.*|pod-security\.kubernetes\.io/.*"
+    r"|kueue\.x-k8s\.io/(pod-group-.*|retriable-in-group|managed))$"
 )
 # Annotations that kubelets, runtimes and older API servers read as settings of a pod's confinement.
 _RESERVED_ANNOTATION = re.compile(

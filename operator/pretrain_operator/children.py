@@ -19,6 +19,7 @@ from pretrain_operator.resources import (
     build_policy,
     grace_seconds,
 )
+from pretrain_operator.resources.podgroup import NEVER_REPLACED
 from pretrain_operator.resources.volumes import owners_for
 
 
@@ -126,6 +127,20 @@ def tidy(seen: Observation, reason: str) -> tuple[Action, ...]:
         *(delete_pod(pod, "Superseded") for pod in cleanup.exhibits_to_drop(seen)),
         *(force_delete(pod) for pod in cleanup.out_of_reach(seen)),
     )
+
+
+def free_quota(seen: Observation) -> list[Action]:
+    """Tell the queue that ended pods won't be replaced."""
+    return [
+        Patch(
+            Kind.POD,
+            pod.name,
+            {"metadata": {"uid": pod.uid, "annotations": NEVER_REPLACED}},
+            "JobFinished",
+        )
+        for pod in seen.pods
+        if pod.over and pod.holds_quota and not pod.leaving
+    ]
 
 
 def force_delete(pod: Pod) -> Delete:

@@ -23,6 +23,7 @@ from pretrain_api.wire import TerminationMessage, WorkerStatus
 from pretrain_operator.border import read_termination_message
 from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError, RefusedError
 from pretrain_operator.resources import claim_name, config_name, own_claim_name, policy_name
+from pretrain_operator.resources.podgroup import holds_quota
 from pretrain_operator.settings import Settings
 
 Json = Mapping[str, Any]
@@ -65,6 +66,7 @@ class Pod:
     node: str | None = None
     ip: str | None = None
     grace_seconds: int = 30  # from SIGTERM to SIGKILL
+    holds_quota: bool = False  # of a queue, even once it has ended
     ready: bool = False
     assignment: str | None = None
     kill_at: datetime | None = None  # set once it is being deleted
@@ -264,6 +266,7 @@ def parse_pod(body: Json) -> Pod | None:
         ip=status.get("podIP"),
         grace_seconds=int(_part(body, "spec").get("terminationGracePeriodSeconds") or 30),
         ready=conditions.get("Ready", {}).get("status") == "True",
+        holds_quota=holds_quota(labels, _part(meta, "annotations")),
         assignment=_part(meta, "annotations").get(names.ANNOTATION_ASSIGNMENT),
         kill_at=kill_at,
         deleted_at=kill_at - grace if kill_at else None,

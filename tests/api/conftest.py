@@ -76,6 +76,7 @@ VALUES: dict[str, list[Any]] = {
     ],
     "workers.podTemplate.labels": [
         {"kueue.x-k8s.io/queue-name": "team"},
+        {"kueue.x-k8s.io/pod-group-name": "x"},
         {"pretrain.dev/job-name": "x"},
         {"app.kubernetes.io/managed-by": "x"},
         {"not a key": "x"},
@@ -90,6 +91,8 @@ VALUES: dict[str, list[Any]] = {
         {"io.kubernetes.cri-o.TrySkipVolumeSELinuxLabel": "true"},
         {"io.containerd.rdt/class": "a"},
         {"pretrain.dev/assignment": "{}"},
+        {"kueue.x-k8s.io/pod-group-total-count": "1"},
+        {"kueue.x-k8s.io/retriable-in-group": "false"},
     ],
     "workers.podTemplate.env": [
         [{"name": "A", "value": "1"}],

@@ -133,7 +133,7 @@ def proxy(kubectl: list[str]) -> Iterator[str]:
             process.terminate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     from pretrain_devcluster import Cluster
 

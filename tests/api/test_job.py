@@ -131,6 +131,18 @@ def test_twenty_lines_are_enough() -> None:
             workers(replicas=4, maxReplicas=2),
             "workers.maxReplicas: must not be less than replicas",
         ),
+        *(
+            (
+                workers(
+                    replicas=2,
+                    podTemplate={"labels": {"kueue.x-k8s.io/queue-name": "team"}},
+                    **bounds,
+                ),
+                "workers.podTemplate.labels: kueue.x-k8s.io/queue-name puts the pods into a group "
+                "that can't change its size; remove minReplicas and maxReplicas, or the label",
+            )
+            for bounds in ({"minReplicas": 1}, {"maxReplicas": 4})
+        ),
         (
             workers(replicas=5, maxReplicas=12),
             "workers.replicas: 5 workers can't share the batch and the degrees of 12; use one of "
@@ -207,6 +219,8 @@ def test_twenty_lines_are_enough() -> None:
             for field in ("labels", "annotations")
             for key in (
                 "pretrain.dev/assignment", "pretrain.dev/job-uid", "app.kubernetes.io/managed-by",
+                "kueue.x-k8s.io/pod-group-name", "kueue.x-k8s.io/pod-group-total-count",
+                "kueue.x-k8s.io/retriable-in-group",
             )
         ),
         (
@@ -385,6 +399,19 @@ def test_batch_and_streams_do_not_depend_on_the_present_size() -> None:
     ]
     assert configs[0] == configs[1] == configs[2]
     assert configs[0].training.global_batch_size == 16
+
+
+def test_the_queue_is_that_of_the_job_or_of_its_pods() -> None:
+    def in_queue(labels: dict[str, str], **workers: Any) -> PretrainJob:
+        metadata = {"name": "demo", "labels": labels}
+        return PretrainJob.model_validate({"metadata": metadata, "spec": spec(workers=workers)})
+
+    inner = {"podTemplate": {"labels": {names.LABEL_QUEUE: "pods"}}}
+    assert in_queue({}).queue is None
+    assert in_queue({names.LABEL_QUEUE: "team"}, replicas=2, maxReplicas=2).queue == "team"
+    assert in_queue({names.LABEL_QUEUE: "team"}, **inner).queue == "pods"
+    with pytest.raises(ValidationError, match="a group that can't change its size"):
+        in_queue({names.LABEL_QUEUE: "team"}, replicas=2, minReplicas=1)
 
 
 def test_status_of_another_release_is_read() -> None:

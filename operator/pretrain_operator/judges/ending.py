@@ -30,6 +30,7 @@ def clear_up(seen: Observation) -> Plan | None:
         wakes.append(linger)
     else:
         actions += [children.delete_pod(pod, "JobFinished") for pod in leftovers]
+    actions += children.free_quota(seen)
     actions += [children.force_delete(p) for p in cleanup.out_of_reach(seen, fenced=completed)]
     expires = cleanup.expires_at(seen.status, seen.job.spec) if seen.job else None
     if expires and seen.now < expires:

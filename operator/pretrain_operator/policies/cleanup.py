@@ -24,12 +24,16 @@ def strays(seen: Observation) -> list[Pod]:
 
 
 def exhibits_to_drop(seen: Observation) -> list[Pod]:
-    """Ended pods of past generations, but the newest failed one of each worker."""
+    """Ended pods of past generations, but the newest failed one of each worker.
+
+    Without members that one goes as well if it keeps a queue's quota, which nobody uses then.
+    """
     mine = _members(seen)
     past = [p for p in seen.pods if p.uid not in mine and p.over and not p.leaving]
     failed = (pod for pod in past if pod.phase == "Failed" and not is_preempted(pod.exit))
     newest = {pod.index: pod.uid for pod in sorted(failed, key=_age)}
-    return [pod for pod in past if newest.get(pod.index) != pod.uid]
+    idle = not seen.members
+    return [p for p in past if newest.get(p.index) != p.uid or (idle and p.holds_quota)]
 
 
 def _age(pod: Pod) -> int:

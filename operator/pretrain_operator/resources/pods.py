@@ -16,6 +16,7 @@ from pretrain_api.pod import PodTemplate, Resources
 from pretrain_api.schema import Section
 from pretrain_operator.resources.config import config_name
 from pretrain_operator.resources.metadata import metadata
+from pretrain_operator.resources.podgroup import group_annotations, group_labels
 from pretrain_operator.resources.volumes import claim_name
 
 Body = dict[str, Any]
@@ -47,13 +48,14 @@ def build_pod(job: PretrainJob, index: int, created_in: int, image: str, grace: 
     meta["labels"] = {
         **template.labels,
         **meta["labels"],
+        **group_labels(job),
         "app.kubernetes.io/component": "worker",
         names.LABEL_WORKER: str(index),
         names.LABEL_GENERATION: str(created_in),
     }
     # Moving a worker for better packing costs a restart of everybody.
     keep = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
-    meta["annotations"] = {**keep, **template.annotations}
+    meta["annotations"] = {**keep, **template.annotations, **group_annotations(job)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": _spec(job, image, grace)}
 
 
