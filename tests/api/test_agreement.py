@@ -136,12 +136,19 @@ def proxy(kubectl: list[str]) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     from pretrain_devcluster import Cluster
+    from pretrain_devcluster.shell import wait_until
 
     cluster = Cluster.up(quiet=True)
     name = f"crd/{names.PLURAL}.{OTHER_GROUP}"
     cluster.kubectl("apply", "--server-side", "-f", "-", text=json.dumps(other_definition()))
     try:
-        cluster.kubectl("wait", "--for=condition=Established", name, "--timeout=60s")
+        established = "{.status.conditions[?(@.type=='Established')].status}"
+
+        # `kubectl wait` gives up on a definition that has no conditions yet.
+        def served() -> bool:
+            return cluster.kubectl("get", name, "-o", f"jsonpath={established}") == "True"
+
+        wait_until(served, f"{name} being served", 60)
         kubectl = [str(cluster.layout.path / "kubectl"), f"--kubeconfig={cluster.kubeconfig}"]
         with proxy(kubectl) as address:
             yield address
