@@ -52,9 +52,9 @@ class Order:
             positions = positions[positions < self.epochs * self.documents]
         epochs, within = np.divmod(positions, self.documents)
         chosen = np.empty_like(within)
-        for epoch in np.unique(epochs):
+        for epoch in set(epochs.tolist()):  # numpy's own function for this is slow to import
             here = epochs == epoch
-            chosen[here] = permute(within[here], self.documents, self.seed, int(epoch))
+            chosen[here] = permute(within[here], self.documents, self.seed, epoch)
         return [Place(*pair) for pair in zip(epochs.tolist(), chosen.tolist(), strict=True)]
 
 
