@@ -30,6 +30,7 @@ Body = dict[str, Any]
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 30.0
+LONGEST_WAIT = 300.0  # seconds that a server may ask for
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
@@ -52,11 +53,16 @@ class Kind(Enum):
 
 
 class ClusterError(Exception):
-    """The API server said no, or nothing. Worth another attempt later."""
+    """The API server said no, or nothing. Worth another attempt later.
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    ``status`` is the HTTP status, 0 if there was no answer; ``retry_after`` the seconds for which
+    the server asked not to be asked again, 0 if it didn't.
+    """
+
+    def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class NotFoundError(ClusterError):
@@ -113,15 +119,19 @@ class Cluster(Protocol):
 class _Answer:
     status: int
     text: str
+    retry_after: str
 
     def body(self) -> Body:
         if 200 <= self.status <= 299:
             return json.loads(self.text)
-        raise error_of(self.status, self.text)
+        raise error_of(self.status, self.text, self.retry_after)
 
 
-def error_of(status: int, text: str) -> ClusterError:
-    """The error for an HTTP status above 299, with the server's own message."""
+def error_of(status: int, text: str, retry_after: str = "") -> ClusterError:
+    """The error for an HTTP status above 299, with the server's own message.
+
+    ``retry_after`` is the header of that name; only the form in seconds counts.
+    """
     try:
         message = str(json.loads(text).get("message") or text)
     except (ValueError, AttributeError):
@@ -132,7 +142,8 @@ def error_of(status: int, text: str) -> ClusterError:
         409: ConflictError,
         422: RefusedError,
     }
-    return kinds.get(status, ClusterError)(message or f"HTTP status {status}", status)
+    seconds = min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else 0.0
+    return kinds.get(status, ClusterError)(message or f"HTTP status {status}", status, seconds)
 
 
 class HttpCluster:
@@ -155,7 +166,9 @@ class HttpCluster:
                 await load_kube_config(kubeconfig, context, client_configuration=configuration)
         except ConfigException as error:
             raise ClusterError(f"no way to reach a cluster: {error}") from error
-        return cls(ApiClient(configuration))
+        client = ApiClient(configuration)
+        client.user_agent = names.MANAGED_BY  # who wrote a field, in its managedFields
+        return cls(client)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -230,7 +243,8 @@ class HttpCluster:
             data = await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
-        return _Answer(answer.status, data.decode(errors="replace")).body()
+        wait = str(answer.headers.get("Retry-After", ""))
+        return _Answer(answer.status, data.decode(errors="replace"), wait).body()
 
 
 def _in_cluster() -> bool:

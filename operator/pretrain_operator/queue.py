@@ -2,7 +2,8 @@
 
 Adding a key that waits already changes nothing; adding one whose round is under way makes it run
 once more afterwards. So no news is lost, and a burst of events costs one or two rounds. A round may
-ask for another after some time; one that fails is repeated with growing pauses.
+ask for another after some time; one that fails is repeated with growing pauses, and not before the
+API server wants to be asked again.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from pretrain_operator.cluster import ClusterError
 from pretrain_operator.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
 
 FIRST_PAUSE_SECONDS = 0.2
-LONGEST_PAUSE_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 30.0
 ROUND_LIMIT_SECONDS = 120.0  # a round is a few requests; one that takes longer hangs
 
 
@@ -50,10 +52,16 @@ class WorkQueue(Generic[K]):
         self._busy: dict[K, float] = {}
         self._again: set[K] = set()
         self._failures: dict[K, int] = {}
+        self._complaints: dict[K, str] = {}  # what the log says already
+        self._holds: dict[K, float] = {}  # the loop's time before which no round may begin
         self._timers: dict[K, asyncio.TimerHandle] = {}
 
     def add(self, key: K) -> None:
         """Have a round for ``key`` soon. Call from the event loop's own thread."""
+        hold = self._holds.get(key, 0.0) - asyncio.get_running_loop().time()
+        if hold > 0:
+            self.add_after(key, hold)
+            return
         self._cancel_timer(key)
         if key in self._busy:
             self._again.add(key)
@@ -77,7 +85,7 @@ class WorkQueue(Generic[K]):
     def forget(self, key: K) -> None:
         """Drop what is remembered about a key that is gone."""
         self._cancel_timer(key)
-        self._failures.pop(key, None)
+        self._recovered(key)
 
     @property
     def depth(self) -> int:
@@ -123,21 +131,41 @@ class WorkQueue(Generic[K]):
         except Exception as error:  # whatever it is, the other jobs go on and this one is retried
             self._failed(key, error)
         else:
-            self._failures.pop(key, None)
+            if failures := self._recovered(key):
+                log.info("%s: a round was made again, after %d that failed", key, failures)
             self._metrics.reconciles.labels("ok").inc()
             if wake is not None:
                 self.add_after(key, wake)
 
+    def _recovered(self, key: K) -> int:
+        """Forget failures. Returns how many of them the log speaks of."""
+        self._holds.pop(key, None)
+        failures = self._failures.pop(key, 0)
+        return failures if self._complaints.pop(key, None) else 0
+
     def _failed(self, key: K, error: Exception) -> None:
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 20), LONGEST_PAUSE_SECONDS)
+        if isinstance(error, ClusterError) and error.retry_after > 0:
+            pause = max(pause, error.retry_after)
+            self._holds[key] = asyncio.get_running_loop().time() + error.retry_after
         if isinstance(error, self._quiet):
             self._metrics.reconciles.labels("conflict").inc()
             log.debug("%s: %s; again in %.1f s", key, error, pause)
         else:
             self._metrics.reconciles.labels("error").inc()
-            log.warning("%s: %r; again in %.1f s", key, error, pause, exc_info=error)
+            self._complain(key, error, pause)
         self.add_after(key, pause)
+
+    def _complain(self, key: K, error: Exception, pause: float) -> None:
+        """Warn once of each failure of a key, with a traceback if the fault may be ours."""
+        complaint = f"{type(error).__name__}: {error}"
+        known = self._complaints.get(key) == complaint
+        self._complaints[key] = complaint
+        level = logging.DEBUG if known else logging.WARNING
+        expected = isinstance(error, ClusterError | TimeoutError)
+        trace = None if known or expected else error
+        log.log(level, "%s: %s; again in %.1f s", key, complaint, pause, exc_info=trace)
 
     def _cancel_timer(self, key: K) -> None:
         timer = self._timers.pop(key, None)

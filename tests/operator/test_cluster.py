@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import certifi
 import pytest
 from aiohttp import web
+from kubernetes.aio.config import incluster_config
 
 from pretrain_operator.cluster import (
     ClusterError,
@@ -24,15 +28,18 @@ class Recorder:
     def __init__(self) -> None:
         self.status = 200
         self.body: Any = {"kind": "Pod"}
-        self.method = self.path = self.content_type = ""
+        self.headers: dict[str, str] = {}
+        self.method = self.path = self.content_type = self.accept = self.authorization = ""
         self.sent: Any = None
 
     async def handle(self, request: web.Request) -> web.Response:
         self.method, self.path = request.method, request.path
         self.content_type = request.content_type
+        self.accept = request.headers["Accept"]
+        self.authorization = request.headers["Authorization"]
         text = await request.text()
         self.sent = json.loads(text) if text else None
-        return web.json_response(self.body, status=self.status)
+        return web.json_response(self.body, status=self.status, headers=self.headers)
 
 
 @pytest.fixture
@@ -104,6 +111,69 @@ async def test_other_trouble_is_worth_another_attempt(
         await client.get(Kind.POD, "team", "a")
     assert type(caught.value) is ClusterError
     assert caught.value.status == 500
+    assert caught.value.retry_after == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("7", 7), ("99999", 300), ("Wed, 21 Oct 2026 07:28:00 GMT", 0), ("", 0)]
+)
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_server_may_ask_for_time(
+    client: HttpCluster, server: Recorder, status: int, header: str, seconds: float
+) -> None:
+    server.status, server.headers = status, {"Retry-After": header}
+    with pytest.raises(ClusterError) as caught:
+        await client.get(Kind.POD, "team", "a")
+    assert caught.value.retry_after == seconds
+
+
+async def test_a_refusal_names_verb_and_resource(client: HttpCluster, server: Recorder) -> None:
+    said = 'pods is forbidden: User "x" cannot create resource "pods" in API group ""'
+    server.status, server.body = 403, {"kind": "Status", "message": said, "code": 403}
+    with pytest.raises(RefusedError, match='cannot create resource "pods"'):
+        await client.create(Kind.POD, "team", {"metadata": {}})
+
+
+async def test_a_rotated_token_is_used_without_a_restart(
+    server: Recorder, client: HttpCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, certificate = tmp_path / "token", tmp_path / "ca.crt"
+    token.write_text("first")
+    certificate.write_text(certifi.contents())
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(certificate))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    loader, address = incluster_config.InClusterConfigLoader, client._client.configuration.host
+    load = loader._set_config
+
+    def load_but_stay_here(self: Any, configuration: Any) -> None:
+        load(self, configuration)
+        configuration.host = address
+
+    monkeypatch.setattr(loader, "_set_config", load_but_stay_here)
+    inside = await HttpCluster.connect()
+    await inside.get(Kind.POD, "team", "a")
+    assert server.authorization == "bearer first"
+    token.write_text("second")
+    later = SimpleNamespace(now=lambda: datetime.now() + timedelta(minutes=2))
+    clock = SimpleNamespace(datetime=later, timedelta=timedelta)
+    monkeypatch.setattr(incluster_config, "datetime", clock)
+    await inside.get(Kind.POD, "team", "a")
+    assert server.authorization == "bearer second"
+    await inside.close()
+
+
+async def test_only_metadata_is_asked_for_where_that_is_enough(
+    client: HttpCluster, server: Recorder
+) -> None:
+    server.body = {"items": [{"metadata": {"name": "a"}}]}
+    found = await client.list_metadata(Kind.POD, "team", "app=x")
+    assert found == [{"metadata": {"name": "a"}}]
+    assert server.path == "/api/v1/namespaces/team/pods"
+    assert "PartialObjectMetadataList" in server.accept
+    await client.delete(Kind.POD, "team", "a", "uid-1", 0)
+    assert server.sent["gracePeriodSeconds"] == 0
 
 
 async def test_nobody_there(tmp_path: Path) -> None:

@@ -6,6 +6,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
+import pytest
+
+from pretrain_operator import queue as queue_module
+from pretrain_operator.cluster import ClusterError
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.queue import WorkQueue
 
@@ -109,6 +113,62 @@ async def test_a_failing_key_is_retried_with_growing_pauses_and_others_go_on() -
         assert others["good"] == 1
         pauses = [after - before for before, after in pairwise(times)]
         assert pauses[2] > pauses[1] > pauses[0] > 0.1
+
+
+async def test_a_server_that_asks_for_time_gets_it_even_if_there_is_news() -> None:
+    times: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def reconcile(key: str) -> None:
+        times.append(loop.time())
+        if len(times) == 1:
+            raise ClusterError("too many requests", 429, retry_after=0.5)
+
+    async with running(reconcile) as queue:
+        queue.add("a")
+        await until(lambda: len(times) == 1)
+        while len(times) == 1:
+            queue.add("a")  # as fast as events may come
+            await asyncio.sleep(0.005)
+        assert times[1] - times[0] >= 0.5
+        queue.add("a")
+        await until(lambda: len(times) == 3)
+
+
+async def test_the_log_tells_of_a_failure_once_and_of_its_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_module, "FIRST_PAUSE_SECONDS", 0.001)
+    said = ["down", "down", "down", "denied", ""]
+    rounds: Counter[str] = Counter()
+
+    async def reconcile(key: str) -> None:
+        rounds[key] += 1
+        if message := said[rounds[key] - 1]:
+            raise ClusterError(message)
+
+    with caplog.at_level("INFO"):
+        async with running(reconcile) as queue:
+            queue.add("a")
+            await until(lambda: rounds["a"] == len(said) and "made again" in caplog.text)
+    lines = [record.getMessage().split(";")[0] for record in caplog.records]
+    assert lines == [
+        "a: ClusterError: down",
+        "a: ClusterError: denied",
+        "a: a round was made again, after 4 that failed",
+    ]
+    assert "Traceback" not in caplog.text
+
+
+async def test_a_fault_of_our_own_is_told_with_its_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def reconcile(key: str) -> None:
+        raise KeyError("no such thing")
+
+    async with running(reconcile) as queue:
+        queue.add("a")
+        await until(lambda: "Traceback" in caplog.text)
 
 
 async def test_a_round_that_hangs_is_ended() -> None:
