@@ -1,8 +1,10 @@
 """The operator against a hostile cluster: Hypothesis plays users, nodes, crashes and a lazy watch.
 
-The rules do to one job whatever a cluster may do, in any order; the operator gets a round now and
-then, sometimes with an old view of the pods, and sometimes dies after any of its writes. The
-invariants hold after every step, and in the end, when the faults stop, the job must reach its end.
+The rules do to one job whatever a cluster may do, in any order: pods end, fall silent with their
+nodes and come back, obey orders late or never, find no room; users suspend, resume and resize. The
+operator gets a round now and then, sometimes with an old view of the pods, and sometimes dies after
+any of its writes. The invariants hold after every step, and in the end, when the faults stop, the
+job must reach its end.
 """
 
 import asyncio
@@ -26,13 +28,22 @@ from hypothesis.stateful import (
 
 from pretrain_api import names
 from pretrain_api.status import JobPhase
-from pretrain_api.wire import CheckpointReport, ExitCode, Phase, Progress, Result
+from pretrain_api.wire import (
+    CheckpointReport,
+    ExitCode,
+    Order,
+    Phase,
+    Progress,
+    Result,
+    WorkerStatus,
+)
 from pretrain_operator.cluster import ClusterError, Kind
-from pretrain_operator.testing import JOB, Bench, CrashError, message
+from pretrain_operator.testing import JOB, Bench, CrashError, condition, message
 
 MAX_RESTARTS = 3
 GRACE_AND_MARGIN = 131
-SIZE = 3
+SIZES = (1, 2, 4)  # those at which the batch comes out even
+NODES = ("node-0", "node-1", "node-2")
 EXAMPLES = int(os.environ.get("PRETRAIN_TEST_EXAMPLES", "25"))
 
 
@@ -64,10 +75,16 @@ class HostileCluster(RuleBasedStateMachine):
             if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
         ]
 
-    @initialize(suspended=st.booleans())
-    def submit(self, suspended: bool) -> None:
+    @initialize(
+        suspended=st.booleans(),
+        replicas=st.sampled_from(SIZES),
+        least=st.sampled_from([None, 1, 2]),
+    )
+    def submit(self, suspended: bool, replicas: int, least: int | None) -> None:
         recovery = {"maxRestarts": MAX_RESTARTS, "backoffSeconds": 5}
-        workers = {"replicas": SIZE}
+        workers = {"replicas": replicas, "maxReplicas": max(SIZES)}
+        if least is not None and least <= replicas:
+            workers["minReplicas"] = least
         self.loop.run_until_complete(
             self.bench.submit(suspend=suspended, recovery=recovery, workers=workers)
         )
@@ -111,9 +128,50 @@ class HostileCluster(RuleBasedStateMachine):
         self.cluster.advance(seconds)
 
     @precondition(lambda self: self.living())
+    @rule(data=st.data(), node=st.sampled_from(NODES))
+    def a_pod_starts(self, data: st.DataObject, node: str) -> None:
+        name = data.draw(st.sampled_from(self.living()))
+        self.cluster.start(name, node=self.cluster.pod(name)["spec"].get("nodeName") or node)
+
+    @precondition(lambda self: self.unplaced())
     @rule(data=st.data())
-    def a_pod_starts(self, data: st.DataObject) -> None:
-        self.cluster.start(data.draw(st.sampled_from(self.living())))
+    def there_is_no_room(self, data: st.DataObject) -> None:
+        self.cluster.refuse(data.draw(st.sampled_from(self.unplaced())), "no node has room")
+
+    @precondition(lambda self: self.living())
+    @rule(data=st.data(), still=st.booleans(), lost=st.booleans())
+    def a_worker_falls_silent(self, data: st.DataObject, still: bool, lost: bool) -> None:
+        """With its node or alone; its world stands still without it or only seems to lack it."""
+        name = data.draw(st.sampled_from(self.living()))
+        self.bench.workers.silent[name] = 12.0
+        node = self.cluster.pod(name)["spec"].get("nodeName")
+        if lost and node:
+            self.node_is(node, "Unknown")
+        assignment = self.bench.status.assignment
+        for member in assignment.workers if assignment else ():
+            age = 12.0 if still else 0.1
+            self.bench.workers.reports[member.pod] = WorkerStatus(
+                generation=assignment.generation, phase=Phase.STEP, beat_age_seconds=age
+            )
+
+    @rule()
+    def all_nodes_and_workers_answer_again(self) -> None:
+        self.bench.workers.silent.clear()
+        self.bench.workers.reports.clear()
+        for kind, _, name in list(self.cluster.objects):
+            if kind is Kind.NODE:
+                self.node_is(name, "True")
+
+    @precondition(lambda self: self.ordered())
+    @rule(data=st.data())
+    def a_member_obeys(self, data: st.DataObject) -> None:
+        self.obey(data.draw(st.sampled_from(self.ordered())))
+
+    @rule(replicas=st.sampled_from(SIZES))
+    def a_user_resizes(self, replicas: int) -> None:
+        workers = self.cluster.all(Kind.JOB)[0]["spec"]["workers"]
+        if replicas >= workers.get("minReplicas", 1):  # the API server refuses the others
+            self.cluster.edit(Kind.JOB, JOB, {"spec": {"workers": {"replicas": replicas}}})
 
     @precondition(lambda self: self.living())
     @rule(data=st.data(), code=st.sampled_from([0, 1, 137, 143]))
@@ -125,15 +183,15 @@ class HostileCluster(RuleBasedStateMachine):
         self.crashes[name] = word["generation"] if word else None
         self.cluster.finish(name, code, said)
 
-    @precondition(lambda self: len(self.all_that_train()) == SIZE)
+    @precondition(lambda self: self.the_world_trains())
     @rule(data=st.data())
     def a_rank_fails_once_too_often(self, data: st.DataObject) -> None:
         """The meeting's verdict ends all agents; their pods end in any order, rounds in between."""
         self.bench.stale = None
         self.loop.run_until_complete(self.bench.settle())
-        members = self.all_that_train()
-        if len(members) < SIZE:
+        if not self.the_world_trains():
             return  # the round had something else to do first
+        members = self.bench.member_pods()
         generation = self.bench.status.assignment.generation
         before = len(self.charged)
         for name in data.draw(st.permutations(members)):
@@ -179,22 +237,45 @@ class HostileCluster(RuleBasedStateMachine):
         text = annotations.get(names.ANNOTATION_ASSIGNMENT)
         return json.loads(text) if text else None
 
+    def unplaced(self) -> list[str]:
+        """Running pods that have no node yet."""
+        return [name for name in self.living() if "nodeName" not in self.cluster.pod(name)["spec"]]
+
+    def node_is(self, node: str, ready: str) -> None:
+        status = self.cluster.objects[Kind.NODE, "", node]["status"]
+        status["conditions"] = [condition("Ready", ready)]
+
+    def ordered(self) -> list[str]:
+        """Pods that were told to drain or to pause, whoever they are by now."""
+        told = ((name, self.word(name) or {}) for name in self.living())
+        return [name for name, word in told if word.get("orders", "none") != Order.NONE]
+
+    def obey(self, name: str) -> None:
+        word = self.word(name) or {}
+        if word["orders"] == Order.DRAIN:
+            said = message(Result.PREEMPTED, generation=word["generation"], rank=word["rank"])
+            self.cluster.finish(name, ExitCode.PREEMPTED, said)
+        else:
+            said = WorkerStatus(generation=word["generation"], rank=word["rank"], paused=True)
+            self.bench.workers.reports[name] = said
+
     def leader_running(self) -> bool:
         members = self.bench.member_pods()
         return bool(members) and members[0] in self.living() and self.word(members[0]) is not None
 
-    def all_that_train(self) -> list[str]:
-        """Members that run and were told of the present generation."""
-        status = self.bench.status
-        if status.completion_time is not None or not status.assignment:
-            return []
-        return [
-            name
-            for name in self.bench.member_pods()
-            if name in self.living()
+    def the_world_trains(self) -> bool:
+        """All members run, were told of the present generation, and of nothing else."""
+        status, assignment = self.bench.status, self.bench.status.assignment
+        if status.completion_time is not None or not assignment or not assignment.workers:
+            return False
+        if assignment.order is not Order.NONE or self.bench.workers.silent:
+            return False
+        return all(
+            name in self.living()
             and "deletionTimestamp" not in self.cluster.pod(name)["metadata"]
-            and (self.word(name) or {}).get("generation") == status.assignment.generation
-        ]
+            and (self.word(name) or {}).get("generation") == assignment.generation
+            for name in self.bench.member_pods()
+        )
 
     def complete(self) -> None:
         name = self.bench.member_pods()[0]
@@ -221,6 +302,8 @@ class HostileCluster(RuleBasedStateMachine):
             if word["generation"] == newest or meta["name"] in members:
                 continue  # members that have yet to hear are told by the next write
             if assignment and assignment.announced and assignment.generation == newest:
+                if meta["uid"] in assignment.written_off:
+                    continue  # it is lost, and fenced out
                 # Nobody was told before this one had left, or had outlived its time to leave.
                 assert "deletionTimestamp" in meta
                 until = datetime.fromisoformat(meta["deletionTimestamp"])
@@ -237,7 +320,8 @@ class HostileCluster(RuleBasedStateMachine):
                 assert word["nonce"] == assignment.nonce
                 if assignment.workers:  # none while suspended
                     assert word["leader"] == assignment.leader
-                    assert word["size"] == len(assignment.workers) == SIZE
+                    assert word["size"] == len(assignment.workers)
+                    assert word["size"] in SIZES
 
     @invariant()
     def generations_only_grow_and_the_budget_holds(self) -> None:
@@ -276,10 +360,13 @@ class HostileCluster(RuleBasedStateMachine):
         if Kind.JOB not in {kind for kind, _, _ in self.cluster.objects}:
             return
         self.cluster.edit(Kind.JOB, JOB, {"spec": {"suspend": False}})
+        self.all_nodes_and_workers_answer_again()
         for _ in range(20):
             if self.bench.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED):
                 break
             self.loop.run_until_complete(self.bench.settle())
+            for name in self.ordered():
+                self.obey(name)
             for name in self.living():
                 if "deletionTimestamp" in self.cluster.pod(name)["metadata"]:
                     self.cluster.finish(name, ExitCode.PREEMPTED)
