@@ -117,7 +117,7 @@ def keeper_of(cluster: Cluster, settings: Settings, metrics: Metrics) -> Keeper 
     """Who keeps the Lease; nobody if the settings name no namespace for it."""
     if not settings.lease_namespace:
         log.info("no Lease is used: no other operator may serve the same jobs")
-        metrics.leader.set(1)
+        metrics.lead(True)
         return None
     identity = settings.lease_identity or f"{socket.gethostname()}_{secrets.token_hex(4)}"
     return Keeper(cluster, settings.lease_namespace, settings.lease_name, identity, metrics)

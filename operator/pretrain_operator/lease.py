@@ -198,7 +198,7 @@ class Keeper:
                     await self.step()
             except (ClusterError, TimeoutError) as error:
                 self._say(f"the Lease can't be renewed: {error or 'no answer'}", logging.WARNING)
-            self._metrics.leader.set(self.leading)
+            self._metrics.lead(self.leading)
             await asyncio.sleep(RENEW_SECONDS)
 
     async def step(self) -> None:
@@ -225,7 +225,7 @@ class Keeper:
         Call it when nothing is written any more.
         """
         self._held, self._renewed = None, -math.inf
-        self._metrics.leader.set(0)
+        self._metrics.lead(False)
         with suppress(ClusterError, TimeoutError):
             async with asyncio.timeout(STEP_SECONDS):
                 record = await self._read()

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from pretrain_api.status import JobPhase, JobStatus
+from pretrain_api.wire import Timeline
 
 JOB = ("namespace", "job")
+RECOVERY_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -59,6 +61,12 @@ class Metrics:
         self.restarts = Counter(
             "pretrain_job_restarts", "Restarts of a world, by reason.", ["reason"], registry=reg
         )
+        self.recovery_seconds = Histogram(
+            "pretrain_job_recovery_seconds",
+            "From the end of the ranks to the first step after it, as seen by the leader.",
+            buckets=RECOVERY_BUCKETS,
+            registry=reg,
+        )
         self.finished = Counter(
             "pretrain_jobs_finished", "Jobs that ended, by phase.", ["phase"], registry=reg
         )
@@ -82,10 +90,16 @@ class Metrics:
         )
         self._ready = _job_gauge(reg, "workers_ready", "Workers that are ready.")
         self._desired = _job_gauge(reg, "workers_desired", "Workers the spec asks for.")
+        self._in_place = _job_gauge(
+            reg, "restarts_in_place", "Restarts of ranks within their pods."
+        )
+        self._jobs: set[tuple[str, str]] = set()
         self._phases: dict[tuple[str, str], JobPhase] = {}
+        self._starts: dict[tuple[str, str], tuple[int, int] | None] = {}
 
     def record(self, namespace: str, name: str, status: JobStatus) -> None:
         """Show the status of a job."""
+        self._jobs.add((namespace, name))
         self._count_phase((namespace, name), status.phase)
         if status.progress is not None:
             for key, gauge in self._gauges.items():
@@ -101,9 +115,35 @@ class Metrics:
         if status.workers is not None:
             self._ready.labels(namespace, name).set(status.workers.ready)
             self._desired.labels(namespace, name).set(status.workers.desired)
+        if status.restarts is not None:
+            self._in_place.labels(namespace, name).set(status.restarts.in_place)
+
+    def record_start(self, namespace: str, name: str, timeline: Timeline) -> None:
+        """Observe how long a start took that followed another one, once it has trained.
+
+        One that was over when this process heard of the job first was observed by another.
+        """
+        job, start = (namespace, name), (timeline.generation, timeline.round)
+        known = self._starts.get(job)
+        first = job not in self._starts
+        if timeline.trained is None:
+            self._starts[job] = known
+            return
+        self._starts[job] = start
+        if not first and start != known and timeline.stopped is not None:
+            self.recovery_seconds.observe(max(0.0, timeline.trained - timeline.stopped))
+
+    def lead(self, leading: bool) -> None:
+        """Show whether this operator leads. Who doesn't shows no jobs: another one does."""
+        self.leader.set(leading)
+        if not leading:
+            for job in [*self._jobs]:
+                self.forget(*job)
 
     def forget(self, namespace: str, name: str) -> None:
         """Drop everything about a job that is gone."""
+        self._jobs.discard((namespace, name))
+        self._starts.pop((namespace, name), None)
         self._count_phase((namespace, name), None)
         for gauge in (
             *self._gauges.values(),
@@ -112,6 +152,7 @@ class Metrics:
             self._checkpoint_time,
             self._ready,
             self._desired,
+            self._in_place,
         ):
             gauge.remove_by_labels({"namespace": namespace, "job": name})
 

@@ -77,6 +77,8 @@ class Reconciler:
         )
         decided = plan(seen)
         self._metrics.record(namespace, name, decided.status or seen.status)
+        if seen.leader_report and seen.leader_report.timeline:
+            self._metrics.record_start(namespace, name, seen.leader_report.timeline)
         return await apply(self._cluster, seen, body, decided, self._metrics)
 
     async def _read(self, namespace: str, name: str) -> Body | None:
