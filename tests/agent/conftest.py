@@ -1,4 +1,8 @@
-"""Real supervisors with toy ranks on the loopback: start, assign, watch and end them."""
+"""Real supervisors with toy ranks on the loopback: start, assign, watch and end them.
+
+A cold start takes most of a test's time, so supervisors that a test leaves alive serve the next one
+too, warm, in generations of its own.
+"""
 
 import contextlib
 import json
@@ -11,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +24,18 @@ import pytest
 
 from pretrain_agent import process, settings
 from pretrain_api import names
-from pretrain_api.wire import Assignment, HangDeadlines, Order, TerminationMessage, WorkerStatus
+from pretrain_api.wire import (
+    Assignment,
+    Failure,
+    HangDeadlines,
+    Order,
+    TerminationMessage,
+    WorkerStatus,
+)
 
 DEADLINE = 150.0  # a cold start takes 6 seconds alone and many times that on a busy machine
 POLL = 0.02
+GRACE = 30.0  # seconds
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 
@@ -65,6 +77,10 @@ class Worker:
     process: subprocess.Popen[bytes]
     http_port: int
     meeting_port: int
+    processes: int
+    reusable: bool
+    first_byte: int = 0  # of its log that is this test's
+    before: WorkerStatus = field(default_factory=WorkerStatus)  # when this test took it over
     known: set[int] = field(default_factory=set)  # pids of everything ever seen below it
     boards: set[Path | None] = field(default_factory=set)  # what a killed supervisor leaves behind
 
@@ -99,7 +115,7 @@ class Worker:
 
     def warm(self) -> "Worker":
         """Wait until the launcher is ready to start ranks."""
-        until(lambda: "the launcher is warm" in self.log(), f"{self.name} to be warm\n{self.log()}")
+        until(lambda: self.status().warm, f"{self.name} to be warm\n{self.log()}")
         return self
 
     def wait(self) -> tuple[int, TerminationMessage]:
@@ -110,7 +126,34 @@ class Worker:
         return code, TerminationMessage.model_validate_json(text)
 
     def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+        """What it and its ranks have written in this test."""
+        return (self.folder / "log").read_bytes()[self.first_byte :].decode(errors="replace")
+
+    def restarts(self) -> int:
+        """In place, in this test."""
+        return self.status().restarts_in_place - self.before.restarts_in_place
+
+    def news(self) -> Failure | None:
+        """The failure heard of in this test, if there was one."""
+        failure = self.status().last_failure
+        return None if failure == self.before.last_failure else failure
+
+    def end(self) -> None:
+        """Kill it, if it still lives, and note everything below it first."""
+        self.tree()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+    def bury(self) -> None:
+        """Complain about what outlived it, and clean up after it."""
+        try:
+            until(lambda: not self.leftovers(), "the processes below a dead supervisor to die", 10)
+        finally:
+            for folder in self.boards - {None}:
+                shutil.rmtree(folder, ignore_errors=True)
+            for pid in self.leftovers():
+                os.kill(pid, signal.SIGKILL)
 
     def leftovers(self) -> set[int]:
         """Pids once seen below this worker that are still alive."""
@@ -145,29 +188,37 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-class World:
-    """Workers of one job that share a toy state folder."""
+class Fleet:
+    """All supervisors of a test run, and how far generations have got."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = folder / "state"
-        self.state.mkdir()
-        self.output = folder / "output"
-        self.workers: dict[str, Worker] = {}
-        self.configure(steps=10)
+        self.output = folder / "output"  # the volume of all
+        self.idle: list[Worker] = []
+        self.generation = 0
+        self.started = 0
 
-    def configure(self, **config: Any) -> None:
-        """Write the toy's config; see toy_trainer."""
-        whole = {"state": str(self.state), "job": {"dump_folder": str(self.output)}, **config}
-        (self.folder / "run.json").write_text(json.dumps(whole))
+    def take(self, name: str, processes: int, config: str) -> Worker | None:
+        """A warm supervisor that another test has left, if there is one."""
+        fitting = [worker for worker in self.idle if worker.processes == processes]
+        if not fitting:
+            return None
+        worker = fitting[0]
+        self.idle.remove(worker)
+        worker.name = name
+        worker.before = worker.status()
+        worker.first_byte = (worker.folder / "log").stat().st_size
+        (worker.folder / "run.json").write_text(config)
+        return worker
 
-    def start(self, name: str, processes: int = 1, grace: float = 30.0, **extra: str) -> Worker:
-        """Start a supervisor; it warms up and waits for an assignment."""
-        folder = self.folder / name
+    def start(self, name: str, processes: int, grace: float, config: str, **extra: str) -> Worker:
+        self.started += 1
+        folder = self.folder / f"worker-{self.started}"
         folder.mkdir()
+        (folder / "run.json").write_text(config)
         http_port, meeting_port = free_port(), free_port()
         own = {
-            names.ENV_CONFIG: str(self.folder / "run.json"),
+            names.ENV_CONFIG: str(folder / "run.json"),
             names.ENV_ASSIGNMENT: str(folder / "assignment"),
             names.ENV_PROCESSES: str(processes),
             names.ENV_HTTP_PORT: str(http_port),
@@ -186,7 +237,63 @@ class World:
                 stderr=log,
                 start_new_session=True,
             )
-        worker = Worker(name, folder, started, http_port, meeting_port)
+        reusable = grace == GRACE and not extra
+        return Worker(name, folder, started, http_port, meeting_port, processes, reusable)
+
+    def give_back(self, workers: Iterable[Worker]) -> None:
+        """Keep what can serve another test, with its ranks stopped, and end the others."""
+        self.generation += 1
+        parked = Assignment(generation=self.generation, size=1, leader="127.0.0.1:1", nonce="")
+        ended: list[Worker] = []
+        for worker in workers:
+            worker.tree()
+            if worker.reusable and worker.process.poll() is None:
+                replace(worker.folder / "assignment", parked.to_json())
+                self.idle.append(worker)
+            else:
+                worker.end()
+                ended.append(worker)
+        for worker in ended:
+            worker.bury()
+
+    def close(self) -> None:
+        for worker in self.idle:
+            worker.end()
+        for worker in self.idle:
+            worker.bury()
+
+
+def replace(path: Path, text: str) -> None:
+    """Replace an assignment file at once, as the kubelet does."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)
+
+
+class World:
+    """Workers of one job that share a toy state folder. Its generations count from 1."""
+
+    def __init__(self, folder: Path, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.base = fleet.generation  # the newest generation of earlier tests
+        self.output = fleet.output
+        self.state = folder / "state"
+        self.state.mkdir()
+        self.workers: dict[str, Worker] = {}
+        self.configure(steps=10)
+
+    def configure(self, **config: Any) -> None:
+        """Write the toy's config; see toy_trainer."""
+        job = {"dump_folder": str(self.output)}
+        self.config = json.dumps({"state": str(self.state), "job": job, **config})
+        for worker in self.workers.values():
+            (worker.folder / "run.json").write_text(self.config)
+
+    def start(self, name: str, processes: int = 1, grace: float = GRACE, **extra: str) -> Worker:
+        """A supervisor that waits for an assignment; a new one is not warm yet."""
+        usual = grace == GRACE and not extra
+        worker = self.fleet.take(name, processes, self.config) if usual else None
+        worker = worker or self.fleet.start(name, processes, grace, self.config, **extra)
         self.workers[name] = worker
         return worker
 
@@ -200,17 +307,14 @@ class World:
         """Give the members ranks in this order, the first being the leader."""
         leader = f"127.0.0.1:{self.workers[members[0]].meeting_port}"
         size, nonce = len(members), f"secret {generation}"
+        number = self.base + generation
+        self.fleet.generation = max(self.fleet.generation, number)
         for name in (*members, *parked):
             rank = members.index(name) if name in members else None
             self.write(
                 name,
                 Assignment(
-                    generation=generation,
-                    rank=rank,
-                    size=size,
-                    leader=leader,
-                    nonce=nonce,
-                    hang=hang,
+                    generation=number, rank=rank, size=size, leader=leader, nonce=nonce, hang=hang
                 ).to_json(),
             )
 
@@ -221,11 +325,8 @@ class World:
         self.write(name, assignment.model_copy(update={"orders": order}).to_json())
 
     def write(self, name: str, text: str) -> None:
-        """Replace a worker's assignment file at once, as the kubelet does."""
-        path = self.workers[name].folder / "assignment"
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.rename(path)
+        """Put this into a worker's assignment file."""
+        replace(self.workers[name].folder / "assignment", text)
 
     def starts(self, generation: int, number: int) -> list[dict[str, Any]]:
         """What ranks noted at their start in one round."""
@@ -234,7 +335,8 @@ class World:
         except OSError:
             return []
         notes = [json.loads(line) for line in lines]
-        return [n for n in notes if (n["generation"], n["round"]) == (generation, number)]
+        wanted = (self.base + generation, number)
+        return [note for note in notes if (note["generation"], note["round"]) == wanted]
 
     def step(self) -> int:
         """Steps done by the toy, all together."""
@@ -262,31 +364,20 @@ class World:
     def logs(self) -> str:
         return "\n".join(f"--- {name}\n{worker.log()}" for name, worker in self.workers.items())
 
-    def close(self) -> None:
-        """End everything, and complain about what outlived its supervisor."""
-        for worker in self.workers.values():
-            worker.tree()
-            if worker.process.poll() is None:
-                worker.process.send_signal(signal.SIGKILL)
-                worker.process.wait()
-        try:
-            until(
-                lambda: not any(worker.leftovers() for worker in self.workers.values()),
-                "the processes below dead supervisors to die",
-                10,
-            )
-        finally:
-            for worker in self.workers.values():
-                for folder in worker.boards - {None}:
-                    shutil.rmtree(folder, ignore_errors=True)
-                for pid in worker.leftovers():
-                    os.kill(pid, signal.SIGKILL)
 
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    created = World(tmp_path)
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    created = Fleet(tmp_path_factory.mktemp("fleet"))
     try:
         yield created
     finally:
         created.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path, fleet: Fleet) -> Iterator[World]:
+    created = World(tmp_path, fleet)
+    try:
+        yield created
+    finally:
+        fleet.give_back(created.workers.values())

@@ -9,8 +9,10 @@ from pathlib import Path
 from pretrain_agent import termination
 from pretrain_agent.settings import DEFAULT_TERMINATION_LOG, Settings, SettingsError
 from pretrain_agent.supervisor import Supervisor
+from pretrain_agent.termination import Outcome
+from pretrain_agent.wires import PortTakenError
 from pretrain_api import names
-from pretrain_api.wire import ExitCode, Failure, Result, TerminationMessage
+from pretrain_api.wire import ExitCode, Failure, TerminationMessage
 
 
 def main() -> int:
@@ -19,18 +21,23 @@ def main() -> int:
     try:
         settings = Settings.from_environment(os.environ)
     except SettingsError as error:
-        return _refuse(str(error))
-    return asyncio.run(Supervisor(settings).run())
+        failure = Failure(exit_code=ExitCode.CONFIG, reason="Config", message=str(error))
+        return _refuse(termination.failed(failure))
+    try:
+        return asyncio.run(Supervisor(settings).run())
+    except PortTakenError as error:
+        return _refuse(termination.failed(Failure(reason="Launcher", message=str(error))))
 
 
-def _refuse(message: str) -> int:
-    """Say what is wrong with the environment, where people and the operator look."""
-    logging.error("%s", message)
+def _refuse(outcome: Outcome) -> int:
+    """Say why there was no start, where people and the operator look."""
+    logging.error("%s", outcome.failure.message if outcome.failure else outcome.result)
     path = os.environ.get(names.ENV_TERMINATION_LOG) or DEFAULT_TERMINATION_LOG
-    failure = Failure(exit_code=ExitCode.CONFIG, reason="Config", message=message)
-    document = TerminationMessage(result=Result.CONFIG, exit_code=ExitCode.CONFIG, failure=failure)
+    document = TerminationMessage(
+        result=outcome.result, exit_code=outcome.exit_code, failure=outcome.failure
+    )
     termination.write(Path(path), document)
-    return ExitCode.CONFIG
+    return outcome.exit_code
 
 
 if __name__ == "__main__":

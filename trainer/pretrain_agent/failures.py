@@ -61,6 +61,16 @@ def _from_exit(code: int, tail: str, out_of_memory: bool) -> Failure:
     )
 
 
+def of_launcher(code: int, fault: str, tail: list[str]) -> Failure:
+    """The launcher ended, with this exit code, or was killed for a ``fault``."""
+    return Failure(
+        exit_code=1,
+        signal=signal_name(-code) if code < 0 and not fault else None,
+        reason="Launcher",
+        message=fault or tail_text(tail) or f"the launcher left with exit code {code}",
+    )
+
+
 def shell_code(code: int) -> int:
     """Exit code in the shell's convention: 128 plus the number of the signal."""
     return code if code >= 0 else 128 - code

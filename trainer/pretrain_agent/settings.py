@@ -4,6 +4,7 @@ The supervisor reads its environment once, here, so that a wrong value is one cl
 start and not a surprise later.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,18 @@ class Settings:
             host=environment.get(names.ENV_HOST) or "127.0.0.1",
             entry_point=entry_point,
         )
+
+
+def output_folder(config: Path) -> Path | None:
+    """The folder the run writes to, or None where the configuration doesn't say or isn't readable.
+
+    Saying what is wrong with a configuration is up to the trainer.
+    """
+    try:
+        folder = json.loads(config.read_bytes())["job"]["dump_folder"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return Path(folder) if isinstance(folder, str) else None
 
 
 def _integer(

@@ -11,7 +11,6 @@ period is nearly over.
 """
 
 import asyncio
-import json
 import logging
 import os
 import shutil
@@ -52,16 +51,14 @@ from pretrain_agent.meeting import (
 )
 from pretrain_agent.member import Member, Saying, State, leader_address
 from pretrain_agent.orders import Orders
-from pretrain_agent.settings import Settings
+from pretrain_agent.settings import Settings, output_folder
 from pretrain_agent.termination import Outcome
 from pretrain_agent.timeline import Stages
 from pretrain_agent.wires import MeetingClient, MeetingServer, listen
 from pretrain_api.wire import (
     Assignment,
-    ExitCode,
     Failure,
     Order,
-    Phase,
     Progress,
     TerminationMessage,
     WorkerStatus,
@@ -98,7 +95,7 @@ class Supervisor:
         self.turn = time.monotonic()
         self.stages = Stages()
         self.evidence = Evidence(
-            self.directory, self.board, self.pump, _output_folder(settings.config)
+            self.directory, self.board, self.pump, output_folder(settings.config)
         )
         self.hangs = HangWatch(self.server, self.evidence)
         self._hung: Failure | None = None  # of a local rank, to be reported when all have stopped
@@ -109,15 +106,23 @@ class Supervisor:
     # -- life ---------------------------------------------------------------------------------
 
     async def run(self) -> int:
-        """Live until the outcome is known, clean up, leave the message; returns the exit code."""
+        """Live until the outcome is known, clean up, leave the message; returns the exit code.
+
+        Raises:
+            PortTakenError: another process listens on one of the ports.
+        """
         loop = asyncio.get_running_loop()
         self._outcome = loop.create_future()
         process.adopt_orphans()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         loop.add_signal_handler(signal.SIGTERM, self._terminate, "SIGTERM")
         loop.add_signal_handler(signal.SIGINT, self._terminate, "SIGINT")
+        try:
+            endpoints = await self._listen()
+        except OSError:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
         self.pump.start()
-        endpoints = await self._listen()
         talk = asyncio.create_task(
             self.launcher.converse(self.launcher.start(), self._hear_launcher)
         )
@@ -399,8 +404,8 @@ class Supervisor:
         if stopped.exits:
             self.stages.stopped(time.monotonic(), failed=True)
         await asyncio.get_running_loop().run_in_executor(None, self.pump.flush)
-        hung, self._hung = self._hung, None
-        failure = hung or self._blame(stopped.exits)
+        failure = self._blame(stopped.exits)
+        failure, self._hung = self._hung or failure, None
         left = failure is None and bool(stopped.exits)
         step = max(beat.step for beat in self.board.beats())
         self.launcher.kill_leftovers()
@@ -408,7 +413,7 @@ class Supervisor:
         if failure is not None:
             log.warning("rank %s: %s: %s", failure.rank, failure.reason, _last_line(failure))
         if self.orders.leaving:
-            self._end(termination.preempted(failure) if failure is None else _unsaved(failure))
+            self._end(termination.left(failure))
             return
         self.board.clear()
         sayings = self.member.stopped(step, failure, left)
@@ -440,11 +445,7 @@ class Supervisor:
         )
 
     def _completion(self) -> Outcome:
-        """Complete, if every local rank left the completion marker."""
-        if all(beat.phase is Phase.DONE for beat in self.board.beats()):
-            return termination.COMPLETE
-        text = "all ranks returned, but not all left the completion marker"
-        return termination.failed(Failure(message=text))
+        return termination.completion(beat.phase for beat in self.board.beats())
 
     def _reap(self) -> None:
         """Collect dead children; if the launcher is among them, this worker is at its end."""
@@ -457,40 +458,13 @@ class Supervisor:
         if self.member.state is State.FINISHED:
             self._end(self._completion())
             return
-        failure = Failure(
-            exit_code=1,
-            signal=failures.signal_name(-code) if code < 0 and not self.launcher.fault else None,
-            reason="Launcher",
-            message=self.launcher.fault
-            or failures.tail_text(self.pump.tail(logs.LAUNCHER))
-            or f"the launcher left with exit code {code}",
-        )
-        self._end(
-            termination.preempted(failure) if self.orders.leaving else termination.failed(failure)
-        )
-
-
-def _unsaved(failure: Failure) -> Outcome:
-    """A rank failed while it was to save and leave: free of charge, unless trying again is idle."""
-    if failure.exit_code in (ExitCode.CONFIG, ExitCode.DO_NOT_RETRY):
-        return termination.failed(failure)
-    return termination.preempted(failure)
+        failure = failures.of_launcher(code, self.launcher.fault, self.pump.tail(logs.LAUNCHER))
+        leaving = self.orders.leaving
+        self._end(termination.left(failure) if leaving else termination.failed(failure))
 
 
 def _last_line(failure: Failure) -> str:
     return failure.message.rstrip().rpartition("\n")[2]
-
-
-def _output_folder(config: Path) -> Path | None:
-    """The folder the run writes to, or None where the configuration doesn't say or isn't readable.
-
-    Saying what is wrong with a configuration is up to the trainer.
-    """
-    try:
-        folder = json.loads(config.read_bytes())["job"]["dump_folder"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Path(folder) if isinstance(folder, str) else None
 
 
 def _run_directory() -> Path:

@@ -8,6 +8,7 @@ line has to carry the generation's nonce within a few seconds, and few strangers
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import logging
 import socket
@@ -53,12 +54,30 @@ LIVENESS = {
 }
 
 
+class PortTakenError(OSError):
+    """Another process listens on a port of ours; the message says on which."""
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket.
 
     On a loopback ``host`` it serves that address alone; otherwise all addresses, so that a port
     forward, which connects to the pod's own loopback, works too.
+
+    Raises:
+        PortTakenError: another process listens there.
     """
+    try:
+        return _listen(host, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise PortTakenError(
+            f"port {port} is taken: another process listens there, so this worker can't"
+        ) from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
     if host in ("127.0.0.1", "localhost"):
         return socket.create_server((host, port))
     if socket.has_dualstack_ipv6():
