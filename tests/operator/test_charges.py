@@ -90,6 +90,21 @@ async def test_disruptions_are_free(bench: Bench, reason: str) -> None:
     assert bench.condition(names.FAILED) is None
 
 
+@pytest.mark.parametrize(
+    ("reason", "code", "free"),
+    [("Unknown", 255, True), ("ContainerStatusUnknown", 137, True), ("Error", 255, False)],
+)
+async def test_a_container_that_its_node_lost_track_of_is_free(
+    bench: Bench, reason: str, code: int, *, free: bool
+) -> None:
+    await bench.submit()
+    await bench.train()
+    bench.cluster.finish("llama-1-1", code, reason=reason)
+    await bench.settle()
+    attempt = bench.status.attempts[-1]
+    assert (attempt.reason == "ContainerLost", attempt.charged) == (free, not free)
+
+
 async def test_an_eviction_without_a_disruption_is_the_pods_own_fault(bench: Bench) -> None:
     await bench.submit()
     await bench.train()

@@ -6,7 +6,7 @@ import pytest
 
 from pretrain_api import names
 from pretrain_api.status import AssignmentStatus, Condition, JobStatus, Member
-from pretrain_api.wire import Order, Phase, WorkerStatus
+from pretrain_api.wire import Order, Phase, Progress, WorkerStatus
 from pretrain_operator.observe import Job, Pod, parse_job
 from pretrain_operator.policies.silence import whom_else, whom_to_ask
 from pretrain_operator.testing import job_body
@@ -40,13 +40,15 @@ def test_the_leader_is_asked() -> None:
     assert [pod.name for pod in whom_to_ask(job(), PODS)] == [NAMES[0]]
 
 
-@pytest.mark.parametrize("age", [None, 0.5, 5.0])
+@pytest.mark.parametrize("age", [None, 0.5, 4.9])
 def test_nobody_else_is_asked_while_the_leader_sees_steps(age: float | None) -> None:
     assert asked(job(), WorkerStatus(phase=Phase.STEP, beat_age_seconds=age)) == []
 
 
 def test_everybody_is_asked_when_the_leaders_word_is_not_enough() -> None:
     others = [NAMES[1]]
+    slow = Progress(step_seconds=20.0)
+    assert asked(job(), WorkerStatus(phase=Phase.STEP, beat_age_seconds=59.0, progress=slow)) == []
     assert asked(job()) == others
     assert asked(job(), WorkerStatus(beat_age_seconds=5.1)) == others
     assert asked(job(), WorkerStatus(waiting_for=(1,))) == others

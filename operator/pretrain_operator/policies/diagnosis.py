@@ -24,6 +24,8 @@ FREE_POD_REASONS = (
     "NodeAffinity", "TopologyAffinityError", "UnexpectedAdmissionError",
 )  # fmt: skip
 FREE_POD_PREFIX = "OutOf"  # OutOfcpu, OutOfmemory, OutOfpods, OutOfnvidia.com/gpu
+# What kubelet and container runtime say of a container that was gone when they came back.
+LOST_TRACK = (("ContainerStatusUnknown", 137), ("Unknown", 255))
 FINAL_CODES = {ExitCode.CONFIG: "InvalidConfiguration", ExitCode.DO_NOT_RETRY: "DoNotRetry"}
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 
@@ -130,6 +132,8 @@ def _taken(seen: Observation, pod: Pod) -> Cause | None:
         reason = pod.reason
     if reason is None and is_preempted(pod.exit):
         reason = "Preempted"
+    if reason is None and _is_lost_track_of(pod.exit):
+        reason = "ContainerLost"
     if reason is None:
         return None
     message = _message(f"worker {pod.index} ({pod.name}) was taken away: {reason}", pod.message)
@@ -139,6 +143,13 @@ def _taken(seen: Observation, pod: Pod) -> Cause | None:
 
 def _is_nodes_doing(reason: str) -> bool:
     return reason in FREE_POD_REASONS or reason.startswith(FREE_POD_PREFIX)
+
+
+def _is_lost_track_of(ended: Exit | None) -> bool:
+    """The node's word for a container it knows no end of, as after the node was started anew."""
+    if ended is None or ended.message is not None:
+        return False
+    return (ended.reason, ended.code) in LOST_TRACK
 
 
 def is_preempted(ended: Exit | None) -> bool:

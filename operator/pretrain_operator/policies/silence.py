@@ -47,9 +47,7 @@ def _assignment(job: Job) -> AssignmentStatus | None:
 
 def _moves(report: WorkerStatus | None) -> bool:
     """Whether the leader has answered that all is well."""
-    if report is None or report.waiting_for:
-        return False
-    return report.beat_age_seconds is None or report.beat_age_seconds <= STALE_SECONDS
+    return report is not None and not report.waiting_for and not _is_stale(report)
 
 
 def lost(seen: Observation) -> dict[str, str]:
