@@ -5,8 +5,10 @@ from collections import deque
 
 import pytest
 
+from pretrain_agent.hang import Pulse, limits
 from pretrain_agent.link import Regroup, Start
 from pretrain_agent.meeting import (
+    HUNG,
     MAX_FAILURES,
     PEER_LOST,
     Done,
@@ -21,10 +23,11 @@ from pretrain_agent.meeting import (
     Over,
     Paused,
     Released,
+    Waiting,
     root_cause,
 )
 from pretrain_agent.member import Member, Saying, State
-from pretrain_api.wire import Assignment, ExitCode, Failure
+from pretrain_api.wire import Assignment, ExitCode, Failure, Phase
 
 KILLED = Failure(rank=1, exit_code=137, signal="SIGKILL")
 ECHO = Failure(rank=0, exit_code=1, reason=PEER_LOST)
@@ -186,6 +189,86 @@ def test_all_are_released_when_all_are_done() -> None:
     assert meeting.receive(0, Done(round=0)) == []
     assert meeting.receive(0, Done(round=0)) == []
     assert meeting.receive(1, Done(round=0)) == to_all(Released())
+
+
+# -- hangs ------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A running round under a clock of its own, with agents that tell where their ranks are."""
+
+    def __init__(self, size: int) -> None:
+        self.now = 0.0
+        self.meeting = Meeting(1, size, lambda: self.now)
+        for rank in range(size):
+            self.meeting.receive(rank, Join(round=0))
+        self.meeting.receive(0, Opened(round=0, port=1))
+        self.places = dict.fromkeys(range(size), (Phase.STEP, 3))
+        self.ages = dict.fromkeys(range(size), 0.0)
+
+    def go_on(self, seconds: int) -> list[Letter]:
+        """Let time pass; returns what the leader then has to say."""
+        for _ in range(seconds):
+            self.now += 1
+            for rank, (phase, step) in self.places.items():
+                self.ages[rank] += 1
+                pulse = Pulse(round=0, rank=rank, phase=phase, step=step, age=self.ages[rank])
+                self.meeting.receive(rank, pulse)
+            if letters := self.meeting.judge(limits(None, 1.0)):
+                return letters
+        return []
+
+
+def test_a_hang_ends_the_round_for_all_who_are_in_it_and_is_said_again_on_a_new_connection() -> (
+    None
+):
+    watched = Watched(4)
+    watched.places[2] = (Phase.SAVE, 3)
+    watched.meeting.receive(3, Paused(round=0, left=True))
+    watched.places.pop(3)
+    letters = watched.go_on(1900)
+    over = letters[0].message
+    assert isinstance(over, Over)
+    assert over.hung is not None
+    assert (over.hung.rank, over.hung.phase, over.hung.limit) == (2, Phase.SAVE, 1800)
+    assert letters == [Letter(rank, over) for rank in range(3)]
+    assert watched.go_on(100) == []  # one verdict per round
+    hello = Hello(generation=1, rank=1, nonce="")
+    assert watched.meeting.receive(1, hello) == [Letter(1, over)]
+
+
+def test_hangs_count_as_failures_and_those_of_one_round_say_nothing_about_the_next() -> None:
+    watched, failure = Watched(2), Failure(rank=1, exit_code=1, reason=HUNG)
+    assert watched.go_on(100)
+    meeting = watched.meeting
+    meeting.receive(0, Join(round=1, failure=KILLED))  # killed by whoever ended the round
+    meeting.receive(1, Join(round=1, failure=failure))
+    go = Go(round=1, port=2, failures=1, last_failure=failure)
+    assert meeting.receive(0, Opened(round=1, port=2)) == to_all(go)
+    assert meeting.receive(0, Hello(generation=1, rank=0, nonce="")) == []
+    assert meeting.judge(limits(None, 1.0)) == []
+
+
+def test_the_leader_knows_whom_all_wait_for() -> None:
+    watched = Watched(3)
+    meeting = watched.meeting
+    assert watched.go_on(10) == []
+    assert meeting.waiting() == Waiting()
+    watched.places.pop(1)
+    watched.go_on(8)
+    assert meeting.waiting() == Waiting((1,), 8.0)  # it is not heard
+    meeting.start_over()
+    assert meeting.waiting() == Waiting()  # maybe because the leader could not listen
+    watched.now += 100
+    meeting.receive(0, Join(round=1, failure=KILLED))
+    watched.now += 2
+    meeting.receive(1, Join(round=1))
+    watched.now += 2
+    assert meeting.waiting() == Waiting((2,), 4.0)  # it has not joined
+    meeting.receive(2, Join(round=1))
+    assert meeting.waiting() == Waiting()
+    meeting.receive(0, Opened(round=1, port=2))
+    assert meeting.waiting() == Waiting()
 
 
 # -- a member -----------------------------------------------------------------------------------

@@ -18,10 +18,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from pretrain_agent import endpoints, logs, metrics
 from pretrain_agent.assignment import AssignmentFile
 from pretrain_agent.endpoints import Endpoints
-from pretrain_agent.settings import Settings, SettingsError
+from pretrain_agent.settings import Settings, SettingsError, output_folder
 from pretrain_agent.wires import listen
 from pretrain_api import names
-from pretrain_api.wire import Assignment, CheckpointReport, Order, Progress, WorkerStatus
+from pretrain_api.wire import (
+    Assignment,
+    CheckpointReport,
+    HangDeadlines,
+    Order,
+    Progress,
+    WorkerStatus,
+)
 
 # -- assignment -----------------------------------------------------------------------------------
 
@@ -51,6 +58,9 @@ def test_only_news_is_reported(tmp_path: Path) -> None:
     assert file.current == assignment(3)
     path.write_text(assignment(3, orders=Order.DRAIN).to_json())
     assert file.poll() == assignment(3, orders=Order.DRAIN)
+    patient = assignment(3, orders=Order.DRAIN, hang=HangDeadlines(data=9))
+    path.write_text(patient.to_json())
+    assert file.poll() == patient
     path.write_text(assignment(4, rank=None).to_json())
     assert file.poll() == assignment(4, rank=None)
 
@@ -100,6 +110,25 @@ def test_a_wrong_environment_ends_the_worker_with_a_reason(tmp_path: Path) -> No
     code = subprocess.run([sys.executable, "-m", "pretrain_agent"], env=environment).returncode
     assert code == 78
     assert names.ENV_PROCESSES in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [
+        ('{"job": {"dump_folder": "/out"}}', Path("/out")),
+        ('{"job": {"dump_folder": null}}', None),
+        ('{"job": []}', None),
+        ("[]", None),
+        ("{", None),
+        (None, None),
+    ],
+)
+def test_the_folder_of_the_run_is_taken_from_its_configuration(
+    tmp_path: Path, text: str | None, folder: Path | None
+) -> None:
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    assert output_folder(tmp_path / "run.json") == folder
 
 
 # -- processes ------------------------------------------------------------------------------------

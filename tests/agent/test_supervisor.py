@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from pretrain_agent import process
-from pretrain_agent.link import Stopped
+from pretrain_agent import launching, process
+from pretrain_agent.hang import Hung
+from pretrain_agent.link import Regroup, Start, Stopped
+from pretrain_agent.meeting import Go, Join, Over
 from pretrain_agent.member import State
 from pretrain_agent.settings import Settings
 from pretrain_agent.supervisor import Supervisor
@@ -237,6 +239,122 @@ def test_a_paused_worker_leaves_at_once_when_asked(supervisor: Supervisor, order
         await until(lambda: supervisor._outcome is not None and supervisor._outcome.done())
 
     assert asyncio.run(while_running(supervisor, scenario)) == 143
+
+
+HUNG = Hung(rank=0, phase=Phase.STEP, step=5, seconds=61, limit=60)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_hang_is_reported_by_the_worker_of_the_rank_after_all_have_stopped(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, mine: bool
+) -> None:
+    said: list[object] = []
+    hung = HUNG if mine else HUNG.model_copy(update={"rank": 1})
+
+    async def scenario() -> None:
+        monkeypatch.setattr(supervisor.launcher, "tell", said.append)
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.client is not None)
+        assert supervisor.client is not None
+        monkeypatch.setattr(supervisor.client, "say", said.append)
+        await supervisor._hear_launcher(Stopped())
+        supervisor._hear_leader(Go(round=0, port=5))
+        supervisor.board.publish(0, Phase.STEP, 5)
+        supervisor._hear_leader(Over(round=0, hung=hung))
+        supervisor._hear_leader(Over(round=0, hung=hung))  # the leader repeats itself
+        await until(lambda: Regroup() in said)
+        await supervisor._hear_launcher(Stopped())
+        assert said.count(Regroup()) == 1
+        (join,) = [m for m in said if isinstance(m, Join) and m.round == 1]
+        assert (join.failure is not None) is mine
+        if join.failure is not None:
+            assert (join.failure.reason, join.failure.rank) == ("Hung", 0)
+        # it was about that round only
+        supervisor._hear_leader(Go(round=1, port=5))
+        await supervisor._hear_launcher(Stopped(exits={0: 7}))
+        joins = [m for m in said if isinstance(m, Join) and m.round == 2]
+        assert [m.failure and m.failure.exit_code for m in joins] == [7]
+
+    asyncio.run(while_running(supervisor, scenario))
+
+
+def test_a_verdict_that_a_new_generation_overtakes_stops_nothing(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[object] = []
+    taken = asyncio.Event()
+
+    async def take(*_: object) -> Failure:
+        await taken.wait()
+        return Failure(reason="Hung")
+
+    async def scenario() -> None:
+        monkeypatch.setattr(supervisor.launcher, "tell", said.append)
+        monkeypatch.setattr(supervisor.evidence, "take", take)
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.client is not None)
+        await supervisor._hear_launcher(Stopped())
+        supervisor._hear_leader(Go(round=0, port=5))
+        supervisor._hear_leader(Over(round=0, hung=HUNG))
+        assign(supervisor, 2, rank=0)
+        await until(lambda: supervisor.status().generation == 2)
+        await supervisor._hear_launcher(Stopped())
+        supervisor._hear_leader(Go(round=0, port=6))
+        said.clear()
+        taken.set()
+        assert supervisor._condemning is not None
+        await supervisor._condemning
+        assert said == []
+        assert supervisor.member.state is State.RUNNING
+        supervisor.member.state = State.STOPPED  # so that SIGTERM waits for nobody
+
+    asyncio.run(while_running(supervisor, scenario))
+
+
+@pytest.mark.parametrize("ranks_run", [True, False])
+def test_a_launcher_that_does_not_stop_its_ranks_is_killed(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, ranks_run: bool
+) -> None:
+    stuck = subprocess.Popen(["sleep", "300"])
+    launcher = supervisor.launcher
+    monkeypatch.setattr(launcher, "_process", stuck)
+    limit = "REGROUP_SECONDS" if ranks_run else "REGROUP_STARTING_SECONDS"
+    monkeypatch.setattr(launching, limit, 0.0)
+
+    def reap() -> dict[int, int]:
+        return {} if (code := stuck.poll()) is None else {stuck.pid: code}
+
+    monkeypatch.setattr(process, "reap", reap)
+
+    async def scenario() -> None:
+        assert supervisor._outcome is not None
+        if ranks_run:
+            supervisor.board.publish(0, Phase.STEP, 5)
+        launcher.tell(Start(generation=1, round=0, rank=0, size=1, host="h", port=1, nonce=""))
+        launcher.kill_if_stuck(ranks_run)
+        assert stuck.poll() is None  # it was not told to stop any
+        launcher.tell(Regroup())
+        await until(supervisor._outcome.done)
+
+    asyncio.run(while_running(supervisor, scenario))
+    failure = message(supervisor).failure
+    assert failure is not None
+    assert (failure.reason, failure.signal) == ("Launcher", None)
+    assert "did not stop its ranks within 0 s" in failure.message
+
+
+def test_time_in_which_nobody_could_run_is_not_the_launchers(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = supervisor.launcher
+    launcher.tell(Regroup())
+    began = launcher._regrouping
+    supervisor._look(supervisor.turn + 1.0)
+    assert launcher._regrouping == began
+    supervisor._look(supervisor.turn + 1000.0)
+    assert launcher._regrouping is not None
+    assert began is not None
+    assert launcher._regrouping > began
 
 
 @pytest.mark.parametrize(("watched", "told"), [(True, "1"), (False, "")])
