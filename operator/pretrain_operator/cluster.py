@@ -122,9 +122,12 @@ class _Answer:
     retry_after: str
 
     def body(self) -> Body:
-        if 200 <= self.status <= 299:
+        if not 200 <= self.status <= 299:
+            raise error_of(self.status, self.text, self.retry_after)
+        try:
             return json.loads(self.text)
-        raise error_of(self.status, self.text, self.retry_after)
+        except ValueError as error:
+            raise ClusterError(f"the answer is no JSON: {error}", self.status) from error
 
 
 def error_of(status: int, text: str, retry_after: str = "") -> ClusterError:

@@ -144,6 +144,21 @@ async def test_a_missed_end_is_mended_for_good(scene: Scene) -> None:
     assert scene.audit.trouble() is not None  # the watch has not brought the new one
 
 
+async def test_only_the_namespaces_that_are_watched_are_listed(scene: Scene) -> None:
+    asked: list[str] = []
+
+    async def fetch(_: Kind, namespace: str) -> list[Body]:
+        asked.append(namespace)
+        return []
+
+    pair = ("team-a", "team-b")
+    found = Audit(
+        fetch, scene.cluster.get, scene.cache, scene.nudged.append, Metrics(), namespaces=pair
+    )
+    await found.look(Kind.POD)
+    assert tuple(asked) == pair
+
+
 async def test_a_busy_object_does_not_make_a_late_watch_a_stale_one(scene: Scene) -> None:
     await scene.create()
     for _ in range(6):  # each list is one change ahead of the watch

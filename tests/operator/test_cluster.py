@@ -31,8 +31,11 @@ class Recorder:
         self.headers: dict[str, str] = {}
         self.method = self.path = self.content_type = self.accept = self.authorization = ""
         self.sent: Any = None
+        self.text: str | None = None  # answered as it is
 
     async def handle(self, request: web.Request) -> web.Response:
+        if self.text is not None:
+            return web.Response(text=self.text)
         self.method, self.path = request.method, request.path
         self.content_type = request.content_type
         self.accept = request.headers["Accept"]
@@ -112,6 +115,14 @@ async def test_other_trouble_is_worth_another_attempt(
     assert type(caught.value) is ClusterError
     assert caught.value.status == 500
     assert caught.value.retry_after == 0
+
+
+async def test_an_answer_that_was_cut_is_worth_another_attempt(
+    client: HttpCluster, server: Recorder
+) -> None:
+    server.text = '{"kind": "Po'
+    with pytest.raises(ClusterError, match="no JSON"):
+        await client.get(Kind.POD, "team", "a")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,25 @@ async def test_a_worker_that_hangs_costs_no_more_than_the_limit_and_is_silent_un
         assert (await asker.ask([pod()])).silent == {"a-0-1": 0.0}
 
 
+async def test_a_worker_that_waits_for_its_turn_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(workers, "AT_ONCE", 1)
+    seen = 0
+
+    async def answer(_: web.Request) -> web.Response:
+        nonlocal seen
+        seen += 1
+        if seen <= 2:
+            await asyncio.sleep(30)  # no turn for others until the time limit
+        return web.Response(text=WorkerStatus().to_json())
+
+    async with worker(answer) as port, HttpWorkers(port) as asker, asyncio.timeout(10):
+        answers = await asker.ask([pod("a"), pod("b"), pod("c")])
+    assert answers == Answers({"c": WorkerStatus()}, {"a": 0.0, "b": 0.0})
+
+
 @pytest.mark.parametrize(
     ("error", "silence"),
     [
