@@ -168,7 +168,8 @@ def _places(
     """The kept members in their places, and new ones in the others.
 
     Who has a place that is no more, or is taken, gets the lowest that is free: its pod keeps its
-    name, which tells only what it was made for. If there are more than places, the first stay.
+    name, which tells only what it was made for. That pod could not be made again under its name, so
+    who has none doesn't move. If there are more than places, the first stay.
     """
     stay: dict[int, Member] = {}
     moving: list[Member] = []
@@ -178,8 +179,9 @@ def _places(
         else:
             moving.append(member)
     free = (index for index in range(size) if index not in stay)
-    for index, member in zip(free, moving, strict=False):
-        stay[index] = member.model_copy(update={"index": index})
+    there = ((member, pod) for member in moving if (pod := seen.pod_of(member)))
+    for index, (member, pod) in zip(free, there, strict=False):
+        stay[index] = member.model_copy(update={"index": index, "uid": pod.uid})
     return tuple(stay.get(index) or _new_member(seen, generation, index) for index in range(size))
 
 

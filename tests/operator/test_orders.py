@@ -280,6 +280,23 @@ async def test_a_worker_that_moved_leads_under_its_old_name(bench: Bench) -> Non
     assert bench.condition(names.COMPLETE) == ("True", "Completed")
 
 
+@pytest.mark.parametrize("seen", [False, True], ids=["no pod yet", "pod gone before the meeting"])
+async def test_who_moves_is_replaced_under_a_name_of_its_place(bench: Bench, *, seen: bool) -> None:
+    await bench.submit(workers={"replicas": 2, "maxReplicas": 2})
+    await bench.settle()
+    if not seen:
+        bench.cluster.vanish(Kind.POD, "llama-1-1")
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"workers": {"replicas": 1}}})
+    bench.cluster.finish("llama-0-1", 0)
+    await bench.settle()
+    if seen:
+        assert bench.member_pods() == ["llama-1-1"]
+        bench.cluster.vanish(Kind.POD, "llama-1-1")
+    await bench.train()
+    assert bench.member_pods() == [f"llama-0-{3 if seen else 2}"]
+    assert bench.told(bench.member_pods()[0]).rank == 0
+
+
 async def test_restarts_in_place_are_counted_once_when_another_worker_leads(bench: Bench) -> None:
     await bench.submit()
     await bench.train(SAVED)
