@@ -181,8 +181,9 @@ class WorkerStatus(Wire):
     draining: bool = False
     warm: bool = False  # ranks can be started at once
     paused: bool = False  # ranks saved and left on an order to pause
-    waiting_for: tuple[int, ...] = ()  # the leader's word: agents yet to join the next round
-    waiting_seconds: float | None = None  # since the first of the others did
+    # The leader's word: agents yet to join the next round, or unheard of for 5 s in the running one.
+    waiting_for: tuple[int, ...] = ()
+    waiting_seconds: float | None = None  # since the first of the others joined, or their last word
     timeline: Timeline | None = None
 
 
