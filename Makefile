@@ -11,7 +11,8 @@ CLUSTER ?= devcluster
 export CLUSTER CONTEXT REGISTRY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format generate up down constraints bench-recovery soak
+.PHONY: help setup demo test unit lint format generate up down constraints bench-recovery soak \
+	test-crash-points
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-17s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ test: setup ## Everything CI runs: lint, unit tests, tests on a real cluster (ro
 
 unit: setup ## The tests that need no cluster (T=path picks some)
 	@$(BIN)/python -m pytest -m "not cluster" $(T)
+
+test-crash-points: setup ## The operator killed after every write of every workflow, as a table (about 20 minutes)
+	@PRETRAIN_TEST_CRASH_POINTS=all $(BIN)/python -m pytest tests/apiserver/test_crash_points.py
 
 lint: setup ## Style, types, layers, generated files: what must be clean before a test is worth running
 	$(BIN)/ruff check .

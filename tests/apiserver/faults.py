@@ -2,9 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
-from .proxy import Answer, Call, Fault, Forward, LostReplyError
+from .proxy import Answer, Call, Fault, Forward, LostReplyError, Proxy
 
 
 class Kill:
@@ -81,3 +82,87 @@ def slow(seconds: float) -> Fault:
         return await forward()
 
     return fault
+
+
+class Gone:
+    """Nobody answers, and no watch lives, until the API server is back."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.refused = 0
+        self.back = asyncio.Event()
+        self._proxy = proxy
+        proxy.cut_watches()
+        proxy.faults.insert(0, self)
+
+    async def __call__(self, call: Call, forward: Forward) -> Answer:
+        if self.back.is_set():
+            return await forward()
+        self.refused += 1
+        raise LostReplyError
+
+
+class Hang:
+    """A request that matches is applied, but answered only when it is let go; others pass."""
+
+    def __init__(self, matches: Callable[[Call], bool]) -> None:
+        self.caught = asyncio.Event()
+        self.free = asyncio.Event()
+        self._matches = matches
+
+    async def __call__(self, call: Call, forward: Forward) -> Answer:
+        answer = await forward()
+        if not self.free.is_set() and self._matches(call):
+            self.caught.set()
+            await self.free.wait()
+        return answer
+
+
+class StaleList:
+    """The first lists of objects that were seen are kept, and shown once more on demand."""
+
+    def __init__(self, plural: str) -> None:
+        self.shown = 0
+        self.replay = False
+        self._plural = plural
+        self._kept: Answer | None = None
+
+    async def __call__(self, call: Call, forward: Forward) -> Answer:
+        is_list = call.method == "GET" and call.path.endswith(f"/{self._plural}")
+        if not is_list or call.is_watch or "PartialObject" in call.accept:
+            return await forward()
+        if self.replay and self._kept is not None and not self.shown:
+            self.shown += 1
+            return self._kept
+        answer = await forward()
+        self._kept = self._kept or answer
+        return answer
+
+
+@asynccontextmanager
+async def cut_watches_every(proxy: Proxy, seconds: float) -> AsyncIterator[None]:
+    """No watch lives longer than this."""
+
+    async def cut() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            proxy.cut_watches()
+
+    task = asyncio.create_task(cut())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+class Expired:
+    """Each watch is told once that it can't go on from where it was, and has to list again."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    async def __call__(self, call: Call, forward: Forward) -> Answer:
+        plural = call.path.rpartition("/")[2]
+        if not call.is_watch or plural in self.told:
+            return await forward()
+        self.told.add(plural)
+        return await refuse(410, "Expired")(call, forward)

@@ -19,11 +19,11 @@ from .controlplane import ControlPlane
 from .endstate import masked
 from .operators import ForkServer, Operator
 from .proxy import SERVICE_ACCOUNT, Proxy
-from .standin import Deed, Run, StandIn, stand_in
+from .standin import Deed, Run, StandIn, Worker, stand_in
 
 JOB = "job"
 SYSTEM = "pretrain-system"
-WAIT_SECONDS = 90.0
+WAIT_SECONDS = 180.0
 POLL_SECONDS = 0.1
 MOST_STARTS = 10
 STEPS = 40
@@ -112,6 +112,7 @@ class Lab:
 
     api: Api
     plane: ControlPlane
+    servers: ForkServer
     namespace: str
     folder: Path
     kubelet: StandIn
@@ -121,6 +122,11 @@ class Lab:
     @property
     def job_path(self) -> str:
         return f"{JOBS}/namespaces/{self.namespace}/{names.PLURAL}/{JOB}"
+
+    @property
+    def workers(self) -> list[Worker]:
+        """All workers whose pods exist."""
+        return list(self.kubelet.workers.values())
 
     async def submit(self, body: Body) -> None:
         """A user creates the job."""
@@ -203,6 +209,14 @@ class Lab:
             "complaints": list(self.kubelet.run.complaints),
         }
 
+    @asynccontextmanager
+    async def another(self, identity: str) -> AsyncIterator[Operator]:
+        """One more operator of the same release, behind a proxy of its own."""
+        async with Proxy(self.plane) as proxy:
+            new = Operator(self.servers, proxy, self.namespace, self.folder, identity)
+            async with kept(new):
+                yield new
+
     async def story(self) -> str:
         """All there is to know about a run that went wrong."""
         body = await self.api.find(self.job_path)
@@ -216,6 +230,17 @@ class Lab:
             f"operator, started {self.operator.starts} times:\n{log}",
         ]
         return "\n---\n".join(parts)
+
+
+@asynccontextmanager
+async def kept(operator: Operator) -> AsyncIterator[Operator]:
+    """An operator that is started again when it ends; nothing of it is left afterwards."""
+    keeping = asyncio.create_task(operator.keep())
+    try:
+        yield operator
+    finally:
+        keeping.cancel()
+        operator.end()
 
 
 @asynccontextmanager
@@ -238,10 +263,5 @@ async def lab(
         await lend_lease_rights(api, repository, namespace)
         operator = Operator(servers, proxy, namespace, folder, "a")
         run = Run(dict(script or {}), steps)
-        async with stand_in(api, namespace, run) as kubelet:
-            keeping = asyncio.create_task(operator.keep())
-            try:
-                yield Lab(api, plane, namespace, folder, kubelet, proxy, operator)
-            finally:
-                keeping.cancel()
-                operator.end()
+        async with stand_in(api, namespace, run) as kubelet, kept(operator):
+            yield Lab(api, plane, servers, namespace, folder, kubelet, proxy, operator)

@@ -89,7 +89,7 @@ class Operator:
         config.write_text(kubeconfig(proxy.url, "unused"))
         self._servers = servers
         self._process: Process | None = None
-        self._port = free_port()
+        self._port, self._health_port = free_port(), free_port()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
         self._environment = {
             **inherited,
@@ -97,7 +97,7 @@ class Operator:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
             f"{PREFIX}NAMESPACES": namespace,
-            f"{PREFIX}HEALTH_PORT": "0",
+            f"{PREFIX}HEALTH_PORT": str(self._health_port),
             f"{PREFIX}LEASE_NAMESPACE": namespace,
             f"{PREFIX}LEASE_IDENTITY": identity,
             f"{PREFIX}METRICS_PORT": str(self._port),
@@ -160,15 +160,36 @@ class Operator:
 
     async def rounds(self) -> int:
         """Rounds that this process has ended well; 0 while it starts."""
-        try:
-            text = await asyncio.to_thread(self._read_metrics)
-        except (OSError, urllib.error.URLError):
-            return 0
-        for line in text.splitlines():
+        text = await self._page(self._port, "metrics")
+        for line in (text or "").splitlines():
             if line.startswith('pretrain_operator_reconciles_total{result="ok"}'):
                 return int(float(line.split()[1]))
         return 0
 
-    def _read_metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=2) as page:
+    async def complaint(self) -> str | None:
+        """What it says of its own health if that is bad; None if all is well, or nobody answers."""
+        try:
+            await self._page(self._health_port, "healthz")
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        return None
+
+    async def ready(self) -> bool:
+        """Whether it is ready, by its own word."""
+        try:
+            return await self._page(self._health_port, "readyz") is not None
+        except urllib.error.HTTPError:
+            return False
+
+    async def _page(self, port: int, path: str) -> str | None:
+        return await asyncio.to_thread(_read, f"http://127.0.0.1:{port}/{path}")
+
+
+def _read(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as page:
             return page.read().decode()
+    except urllib.error.HTTPError:
+        raise
+    except OSError:
+        return None

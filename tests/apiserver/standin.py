@@ -309,7 +309,11 @@ class StandIn:
         generation = world[0].generation
         if all(worker.started == generation for worker in world):
             return
-        rivals = [w.name for w in self._living() if 0 < w.started < generation and w not in world]
+        rivals = [
+            w.name
+            for w in self._living()
+            if 0 < w.started < generation and not w.paused and w not in world
+        ]
         if rivals:
             self.run.complaints.append(f"generation {generation} began beside {rivals}")
         self.run.fence = max(self.run.fence, generation)
@@ -383,6 +387,11 @@ class StandIn:
     def of(self, index: int) -> Worker:
         """The newest worker in a place."""
         return [worker for worker in self.workers.values() if worker.index == index][-1]
+
+    @property
+    def training(self) -> int:
+        """Workers in the world that trains, or waits where the script says so; 0 if none does."""
+        return max((len(w) for w in self._worlds() if w[0].started == w[0].generation), default=0)
 
     # --- the worker's page -----------------------------------------------------------------------
 

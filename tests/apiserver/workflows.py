@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pretrain_api.wire import ExitCode
 
 from .api import Body
-from .lab import Lab, manifest
+from .lab import Lab, manifest, workers
 from .standin import Deed, Fail, Lose, Wait
 
 COMPLETE, FAILED, SUSPENDED, GONE = "Complete", "Failed", "Suspended", None
@@ -38,6 +38,15 @@ async def suspend_and_resume(lab: Lab) -> None:
     await lab.until_true(lambda: all(worker.over for worker in before), "all workers have left")
     lab.kubelet.go_on()
     await lab.change(suspend=False)
+
+
+async def resize(lab: Lab) -> None:
+    """A user goes down to one worker and up to two again."""
+    for replicas in (1, 2):
+        await lab.until_standing()
+        await lab.change(workers={"replicas": replicas})
+        await lab.until_true(lambda n=replicas: lab.kubelet.training == n, f"{replicas} train")
+        lab.kubelet.go_on()
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,15 @@ NODE_LOST = Workflow(
     restarts={"NodeLost": 1},
     attempts=("NodeLost",),
 )
+RESIZE = Workflow(
+    "resize 2 to 1 to 2",
+    script={15: Wait(), 25: Wait()},
+    spec={"workers": workers(2, maxReplicas=2)},
+    drive=resize,
+    pods=3,
+    restarts={"Resized": 2},
+    attempts=("Resized", "Resized"),
+)
 
 WORKFLOWS = (
     APPLY,
@@ -136,4 +154,5 @@ WORKFLOWS = (
     BUDGET,
     TTL,
     NODE_LOST,
+    RESIZE,
 )
