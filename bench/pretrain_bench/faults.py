@@ -34,6 +34,10 @@ def nothing() -> None:
     """What there is to mend after most faults."""
 
 
+def unprepared(_: "Scene") -> None:
+    """What most faults need."""
+
+
 @dataclass(frozen=True)
 class Injury:
     """A fault that has happened."""
@@ -78,15 +82,20 @@ class Scene:
         return alive[0]
 
     def exposed_worker(self) -> Pod:
-        """A worker on a node that the operator isn't on; it is moved to one if need be."""
+        """A worker on a node that the operator isn't on. Raises BenchError if there is none."""
         operator = self.operator()["spec"].get("nodeName")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            workers = [self.worker(index) for index in range(self.size())]
-            if found := [pod for pod in workers if pod["spec"].get("nodeName") != operator]:
-                return self.rng.choice(found)
-            self._move(workers[-1], str(operator))
-        raise BenchError(f"no worker of {self.job} would leave {operator}")
+        workers = [self.worker(index) for index in range(self.size())]
+        found = [pod for pod in workers if pod["spec"].get("nodeName") != operator]
+        if not found:
+            raise BenchError(f"every worker of {self.job} is on {operator}, where the operator is")
+        return self.rng.choice(found)
+
+    def expose(self) -> None:
+        """Move a worker away from the operator's node, if all are there."""
+        operator = self.operator()["spec"]["nodeName"]
+        workers = [self.worker(index) for index in range(self.size())]
+        if all(pod["spec"].get("nodeName") == operator for pod in workers):
+            self._move(workers[-1], operator)
 
     def _move(self, pod: Pod, node: str) -> None:
         """Replace a worker while its node takes no pods."""
@@ -341,6 +350,7 @@ class Fault:
         weight: how often it comes in a soak, relative to the others; 0 is never.
         heals: training goes on by itself, without a restart.
         aim_seconds: the median that is aimed at, from the fault to the first step after it.
+        prepare: makes it possible, before the clock starts; the job trains again afterwards.
     """
 
     name: str
@@ -348,6 +358,7 @@ class Fault:
     weight: int
     heals: bool = False
     aim_seconds: float | None = None
+    prepare: Callable[[Scene], None] = unprepared
 
     @property
     def what(self) -> str:
@@ -364,9 +375,9 @@ CATALOGUE = (
     Fault("pod deleted", delete_pod, 8, aim_seconds=10),
     Fault("pod force-deleted", force_delete_pod, 8, aim_seconds=10),
     Fault("pod evicted", evict_pod, 6, aim_seconds=10),
-    Fault("node drained", drain_node, 3, aim_seconds=10),
-    Fault("node lost", lose_node, 1, aim_seconds=40),
-    Fault("node cut off", cut_node, 1, aim_seconds=40),
+    Fault("node drained", drain_node, 3, aim_seconds=10, prepare=Scene.expose),
+    Fault("node lost", lose_node, 1, aim_seconds=40, prepare=Scene.expose),
+    Fault("node cut off", cut_node, 1, aim_seconds=40, prepare=Scene.expose),
     Fault("operator killed in a recovery", kill_operator_in_recovery, 2),
     Fault("operator killed", kill_operator, 2, heals=True),
     Fault("suspended and resumed", suspend_and_resume, 3, aim_seconds=10),

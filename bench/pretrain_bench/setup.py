@@ -20,15 +20,10 @@ def installed() -> tuple[Target, Cluster]:
     return target, Cluster.current()
 
 
-def namespace(target: Target, cluster: Cluster, name: str) -> Jobs:
-    """A namespace that admits restricted pods only."""
-    ensure_namespace(target, name)
-    return Jobs(target, name, cluster.layout.volumes, Client.of(cluster.kubeconfig))
-
-
 @contextmanager
 def fresh_namespace(target: Target, cluster: Cluster, name: str) -> Iterator[Jobs]:
-    """The same without what an earlier run left there, and deleted in the end."""
+    """A namespace that admits restricted pods only, empty at first and deleted in the end."""
     target.kubectl("delete", "namespace", name, "--ignore-not-found", "--timeout=120s")
-    yield namespace(target, cluster, name)
+    ensure_namespace(target, name)
+    yield Jobs(target, name, cluster.layout.volumes, Client.of(cluster.kubeconfig))
     target.kubectl("delete", "namespace", name, "--wait=false")

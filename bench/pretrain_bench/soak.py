@@ -1,13 +1,11 @@
 """`make soak`: hundreds of random faults in a row, and an end that shows no trace of them.
 
 One job goes through faults drawn by weight from a seed; the next one comes soon after the job has
-trained a step it never had before. In the end its weights, optimizer, data position and ledger must
-be those of a run that nothing happened to, which is made once per build and kept.
+trained a step it never had before. At last it is suspended, and what it saves then, weights,
+optimizer, data position and ledger, must be what a run has at that step that nothing happened to.
 """
 
 import argparse
-import hashlib
-import json
 import random
 import sys
 import time
@@ -16,18 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain_api import names
-from pretrain_bench.client import ApiError, BenchError
-from pretrain_bench.faults import CATALOGUE, SYSTEM_NAMESPACE, Fault, Scene
-from pretrain_bench.jobs import SPEC, Jobs, merged
-from pretrain_bench.setup import installed, namespace
+from pretrain_bench.client import BenchError
+from pretrain_bench.faults import CATALOGUE, Fault, Scene, suspend
+from pretrain_bench.jobs import Jobs
+from pretrain_bench.setup import fresh_namespace, installed
 from pretrain_bench.trial import passed, strike, training
 from pretrain_demo.job import Snapshot
 from pretrain_demo.target import DemoError
 
 NAMESPACE = "soak"
 JOB = "battered"
-STEPS_PER_FAULT = 6  # new steps trained from one fault to the next, with room to spare
+REFERENCE = "undisturbed"
+ENDLESS = 1_000_000  # steps
 JITTER_SECONDS = 0.6  # some steps
 HANG_SECONDS = 10
 REFERENCE_SECONDS = 3600.0
@@ -55,35 +53,18 @@ def draw(rng: random.Random, count: int) -> list[Fault]:
     return rng.choices(CATALOGUE, weights=[fault.weight for fault in CATALOGUE], k=count)
 
 
-def spec(count: int) -> dict[str, Any]:
+def change(steps: int) -> dict[str, Any]:
     """What both runs change in the toy's spec."""
     return {
-        "training": {"steps": STEPS_PER_FAULT * count + 20},
+        "training": {"steps": steps},
         "recovery": {"maxRestarts": 1000, "hang": {"stepSeconds": HANG_SECONDS}},
     }
-
-
-def undisturbed(jobs: Jobs, change: dict[str, Any]) -> str:
-    """Name of a complete run without faults, made unless there is one of this image and spec."""
-    where = f"/apis/apps/v1/namespaces/{SYSTEM_NAMESPACE}/deployments/pretrain-operator"
-    operator = jobs.client.get(where)["spec"]["template"]["spec"]["containers"][0]
-    image = [each for each in operator["env"] if each["name"].endswith("TRAINER_IMAGE")]
-    build = json.dumps([merged(SPEC, change), image], sort_keys=True)
-    name = f"undisturbed-{hashlib.sha256(build.encode()).hexdigest()[:8]}"
-    try:
-        jobs.read(name)
-    except ApiError as error:
-        if error.status != 404:
-            raise
-        jobs.apply(name, **change)
-    jobs.complete(name, REFERENCE_SECONDS)
-    return name
 
 
 def blows(scene: Scene, chosen: Sequence[Fault], deadline: float) -> list[Blow]:
     """Every fault in turn, each reported as soon as it is got over.
 
-    Raises BenchError if the job ends too early, or doesn't get over one by ``deadline``.
+    Raises BenchError if the job doesn't get over one, or not over all by ``deadline``.
     """
     result: list[Blow] = []
     training(scene)
@@ -131,23 +112,27 @@ def summary(done: Sequence[Blow], end: Snapshot) -> str:
         *(f"  {count:>4} {name}" for name, count in counts.most_common()),
         f"slowest: {worst.fault}, {worst.seconds:.1f} s",
         f"restarts: {restarts.to_dict() if restarts else 'none'}",
-        f"end: step {end.step} of {end.steps}, generation {end.generation}",
+        f"end: step {end.step}, generation {end.generation}",
     ]
     return "\n".join(lines)
 
 
 def soak(scene: Scene, count: int, minutes: float) -> None:
-    """All faults, the end, and the comparison. Raises BenchError with the story."""
-    jobs, change = scene.jobs, spec(count)
-    reference = undisturbed(jobs, change)
-    jobs.kubectl("delete", names.PLURAL, scene.job, "--ignore-not-found", "--timeout=120s")
-    jobs.apply(scene.job, **change)
+    """All faults, then a run without any to the same step, and the comparison.
+
+    Raises BenchError with the story if the job doesn't get over a fault, or shows a trace of one.
+    """
+    jobs = scene.jobs
+    jobs.apply(scene.job, **change(ENDLESS))
     done = blows(scene, draw(scene.rng, count), time.monotonic() + 60 * minutes)
-    end = jobs.complete(scene.job, REFERENCE_SECONDS)
+    suspend(scene)
+    end = jobs.read(scene.job)
     print(summary(done, end), flush=True)
-    if found := differences(jobs, scene.job, reference):
+    jobs.apply(REFERENCE, **change(end.step))
+    jobs.complete(REFERENCE, REFERENCE_SECONDS)
+    if found := differences(jobs, scene.job, REFERENCE):
         raise BenchError("\n".join([*found, jobs.story(scene.job)]))
-    print(f"the same end as {reference}: every section's digest and the ledger", flush=True)
+    print(f"the same as {end.step} steps without faults, every digest and the ledger", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -161,8 +146,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"seed {seed}, {chosen.faults} faults", flush=True)
     try:
         target, cluster = installed()
-        jobs = namespace(target, cluster, NAMESPACE)
-        soak(Scene(jobs, cluster, JOB, random.Random(seed)), chosen.faults, chosen.minutes)
+        with fresh_namespace(target, cluster, NAMESPACE) as jobs:
+            soak(Scene(jobs, cluster, JOB, random.Random(seed)), chosen.faults, chosen.minutes)
     except (BenchError, DemoError) as error:
         print(f"error with seed {seed}: {error}", file=sys.stderr)
         return 1

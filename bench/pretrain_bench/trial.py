@@ -51,6 +51,7 @@ def strike(scene: Scene, fault: Fault) -> tuple[Before, Injury, Snapshot]:
     Returns:
         The world before, the fault, which is not mended yet, and the job after.
     """
+    fault.prepare(scene)
     before = Before.of(training(scene))
     injury = fault.inject(scene)
     try:

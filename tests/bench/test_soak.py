@@ -4,7 +4,7 @@ import json
 import random
 
 from pretrain_bench import faults
-from pretrain_bench.soak import STEPS_PER_FAULT, differences, draw, spec
+from pretrain_bench.soak import differences, draw
 from pretrain_demo.job import Snapshot
 
 
@@ -23,10 +23,6 @@ def test_names_are_unique_and_explained() -> None:
     names = [fault.name for fault in faults.CATALOGUE]
     assert len(set(names)) == len(names)
     assert [fault.name for fault in faults.CATALOGUE if not fault.what] == []
-
-
-def test_the_job_lasts_longer_than_its_faults() -> None:
-    assert spec(200)["training"]["steps"] > 200 * STEPS_PER_FAULT
 
 
 class Finished:
