@@ -181,7 +181,7 @@ class WorkerStatus(Wire):
     draining: bool = False
     warm: bool = False  # ranks can be started at once
     paused: bool = False  # ranks saved and left on an order to pause
-    # The leader's word: agents yet to join the next round, or unheard of for 5 s in the running one.
+    # The leader's word: agents yet to join the next round, or not heard in the running one for 5 s.
     waiting_for: tuple[int, ...] = ()
     waiting_seconds: float | None = None  # since the first of the others joined, or their last word
     timeline: Timeline | None = None
