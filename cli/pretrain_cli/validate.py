@@ -96,8 +96,8 @@ def _summary(document: Document, toml: bool) -> str:
         config = RunConfig.model_validate(data)
         return f"valid ({config.model.name} {config.model.flavor}, {config.training.steps} steps)"
     job = PretrainJob.model_validate(data)
-    plan = mesh.batch_plan(job.spec, job.spec.world_size)
     workers = job.spec.workers
+    plan = mesh.batch_plan(job.run_config(), workers.replicas * workers.processes_per_worker)
     return (
         f"{job.metadata.name or 'job'} is valid ({workers.replicas} x "
         f"{workers.processes_per_worker} processes, {plan.global_batch_size} sequences per step "

@@ -26,12 +26,13 @@ from pretrain_operator.cluster import (
     RefusedError,
 )
 from pretrain_operator.judges.base import RECHECK_SECONDS
+from pretrain_operator.judges.resizing import set_back
 from pretrain_operator.merge import merge_patch
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.observe import Observation, belongs, label_of
 from pretrain_operator.plan import CONTROLLER
 from pretrain_operator.report import unless_said
-from pretrain_operator.status import condition_of, is_finished, mark, view
+from pretrain_operator.status import condition_of, holds, is_finished, mark, view
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,11 @@ def _refused(
     """Quota, policy or missing rights: for people to see, and to try again now and then.
 
     An Event is due when the reason is new. The message may differ each time: quotas quote numbers.
+    While workers train only candidates are created: without them training goes on as it is.
     """
+    if seen.candidates and seen.job and holds(seen.status, names.RUNNING):
+        later = set_back(seen, str(refusal))
+        return later.status or status, later.events
     planned = condition_of(status, names.RUNNING)
     # The reason that would have been shown isn't, so it would be news again next time.
     events = tuple(each for each in events if not planned or each.reason != planned.reason)

@@ -395,6 +395,22 @@ def test_the_snooze_has_a_limit() -> None:
     ]  # fmt: skip
 
 
+async def test_candidates_beyond_a_quota_do_not_disturb_training(bench: Bench) -> None:
+    await bench.submit(workers=workers(2, maxReplicas=4))
+    await bench.train(FORTY)
+    bench.cluster.admit = lambda kind, _: "exceeded quota" if kind is Kind.POD else None
+    scale(bench, 4)
+    await bench.settle()
+    assert bench.candidate_pods() == []
+    assert bench.status.phase is JobPhase.RUNNING
+    assert bench.condition(names.RUNNING) == ("True", "Training")
+    assert bench.events().count("GrowFailed") == 1
+    bench.cluster.admit = lambda kind, _: None
+    await pass_time(bench, 120)
+    assert pods(bench) == [*bench.member_pods(), *bench.candidate_pods()]
+    assert len(pods(bench)) == 4
+
+
 async def test_part_of_the_candidates_join_if_there_is_no_room_for_all(bench: Bench) -> None:
     await bench.submit(workers=workers(2, maxReplicas=8))
     await bench.train(FORTY)
@@ -509,7 +525,9 @@ async def test_a_job_that_may_be_smaller_is_not_released(bench: Bench) -> None:
     await bench.settle()
     bench.cluster.start("llama-0-1")
     await refuse_all(bench)
-    await pass_time(bench, UNSCHEDULABLE_SECONDS)
+    for _ in range(UNSCHEDULABLE_SECONDS):
+        assert len(bench.member_pods()) == 2
+        await pass_time(bench, 1)
     assert bench.member_pods() == ["llama-0-1"]
 
 

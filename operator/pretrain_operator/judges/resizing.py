@@ -92,7 +92,7 @@ def _grow(seen: Observation) -> Plan | None:
     spec, due = job_of(seen).spec, elastic.candidates_due(seen)
     failed = elastic.setback(seen, spec)
     if failed is not None:
-        return _set_back(seen, failed.message)
+        return set_back(seen, failed.message)
     if due != len(seen.candidates):
         status = ledger.with_candidates(seen, seen.status, due)
         said = f"{due} more workers start beside the {len(seen.members)} that train"
@@ -102,7 +102,7 @@ def _grow(seen: Observation) -> Plan | None:
     return None
 
 
-def _set_back(seen: Observation, why: str) -> Plan:
+def set_back(seen: Observation, why: str) -> Plan:
     """Drop the candidates and try again later. It costs the job nothing, and no budget."""
     assignment, spec = seen.status.assignment, job_of(seen).spec
     setbacks = assignment.setbacks + 1 if assignment else 1

@@ -132,6 +132,8 @@ def release_at(seen: Observation, spec: JobSpec) -> datetime | None:
     )
     if seconds is None or since is None or assignment is None or assignment.leader is not None:
         return None
+    if spec.workers.min_size < len(seen.members):
+        seconds = max(seconds, UNSCHEDULABLE_SECONDS)  # it may yet go on with fewer
     return since + timedelta(seconds=seconds)
 
 
