@@ -13,6 +13,7 @@ from pretrain_operator.cluster import Kind
 from pretrain_operator.observe import Observation, Pod
 from pretrain_operator.policies import cleanup
 from pretrain_operator.resources import (
+    avoiding,
     build_claim,
     build_config,
     build_pod,
@@ -65,10 +66,11 @@ def create_pods(seen: Observation, job: PretrainJob) -> list[Action]:
     kept, report = seen.status.checkpoint, seen.leader_report
     step = report.progress.step_seconds if report else None
     grace = grace_seconds(job, kept.seconds if kept else None, step)
+    lost = cleanup.lost_nodes(seen)
     return [
         Create(
             Kind.POD,
-            build_pod(job, member.index, member.created_in, seen.image, grace),
+            avoiding(build_pod(job, member.index, member.created_in, seen.image, grace), lost),
             "MemberMissing",
         )
         for member in (*seen.members, *seen.candidates)

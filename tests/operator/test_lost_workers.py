@@ -144,6 +144,8 @@ async def test_a_lost_worker_is_replaced_at_once_and_its_pod_goes_when_the_next_
     attempt = status.attempts[-1]
     assert (attempt.pod, attempt.node) == (name, f"node-{index}")
     assert "has not answered for 12 s and its world stands still" in attempt.message
+    wishes = bench.cluster.pod(f"llama-{index}-2")["spec"]["affinity"]["nodeAffinity"]
+    assert f"'NotIn', 'values': ['node-{index}']" in str(wishes)  # it still counts as ready
     bench.cluster.start(f"llama-{index}-2", node="node-9")
     await bench.settle()
     assert bench.told(f"llama-{index}-2").generation == 2  # nobody waited for the grace period

@@ -11,6 +11,7 @@ from pretrain_api import names
 from pretrain_api.config import RunConfig
 from pretrain_api.job import PretrainJob
 from pretrain_operator.resources import (
+    avoiding,
     build_claim,
     build_config,
     build_pod,
@@ -232,3 +233,20 @@ def test_the_grace_period_leaves_time_to_save(
 def test_a_grace_period_that_the_user_set_stands() -> None:
     workers = {"podTemplate": {"terminationGracePeriodSeconds": 7}}
     assert grace_seconds(job(workers=workers), 100.0, 1.0) == 7
+
+
+def test_a_node_to_avoid_comes_beside_the_users_own_affinity() -> None:
+    soft, hard = "preferredDuringSchedulingIgnoredDuringExecution", {"nodeSelectorTerms": []}
+    key = "requiredDuringSchedulingIgnoredDuringExecution"
+    own = {"weight": 5, "preference": {"matchExpressions": []}}
+    affinity = {"nodeAffinity": {soft: [own], key: hard}, "podAffinity": {"x": 1}}
+    before = build_pod(job(workers={"podTemplate": {"affinity": affinity}}), 0, 1, "trainer:1", 300)
+    assert avoiding(before, []) == before
+    after = avoiding(before, ["a", "b"])["spec"]["affinity"]
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": ["a", "b"]}]
+    assert after["nodeAffinity"][soft] == [
+        own,
+        {"weight": 100, "preference": {"matchFields": fields}},
+    ]
+    assert (after["nodeAffinity"][key], after["podAffinity"]) == (hard, {"x": 1})
+    assert before["spec"]["affinity"] == affinity

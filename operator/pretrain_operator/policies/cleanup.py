@@ -88,6 +88,12 @@ def written_off(seen: Observation) -> set[str]:
     }
 
 
+def lost_nodes(seen: Observation) -> list[str]:
+    """Nodes on which pods were lost, for as long as these pods are there."""
+    lost = written_off(seen)
+    return sorted({pod.node for pod in seen.pods if pod.node and pod.uid in lost})
+
+
 def out_of_reach(seen: Observation, *, fenced: bool | None = None) -> list[Pod]:
     """Pods that nobody will stop and that can do no harm: their objects may go.
 

@@ -5,10 +5,11 @@ Names are deterministic, so that creating an object twice is refused instead of 
 
 from pretrain_operator.resources.config import build_config, config_name
 from pretrain_operator.resources.networkpolicy import build_policy, policy_name
-from pretrain_operator.resources.pods import build_pod, grace_seconds, pod_name
+from pretrain_operator.resources.pods import avoiding, build_pod, grace_seconds, pod_name
 from pretrain_operator.resources.volumes import build_claim, claim_name, own_claim_name
 
 __all__ = [
+    "avoiding",
     "build_claim",
     "build_config",
     "build_pod",

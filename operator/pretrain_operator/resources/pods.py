@@ -240,6 +240,24 @@ def _scheduling(job: PretrainJob) -> Body:
     return {key: value for key, value in chosen.items() if value}
 
 
+def avoiding(pod: Body, nodes: Sequence[str]) -> Body:
+    """``pod`` with a preference for other nodes than these.
+
+    A node that has just lost its power is ready for most of a minute as far as the scheduler knows,
+    and has all the room that was its pod's. A preference only: there may be no other node, and this
+    one may be well.
+    """
+    if not nodes:
+        return pod
+    other = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": [*nodes]}]}
+    affinity = pod["spec"].get("affinity", {})
+    of_nodes = affinity.get("nodeAffinity", {})
+    key = "preferredDuringSchedulingIgnoredDuringExecution"
+    wishes = [*of_nodes.get(key, []), {"weight": 100, "preference": other}]
+    affinity = {**affinity, "nodeAffinity": {**of_nodes, key: wishes}}
+    return {**pod, "spec": {**pod["spec"], "affinity": affinity}}
+
+
 def _spread(job: PretrainJob) -> list[Body]:
     mine = {"matchLabels": {names.LABEL_JOB_UID: job.metadata.uid or ""}}
     constraints = _plain(job.spec.workers.pod_template.topology_spread_constraints)
