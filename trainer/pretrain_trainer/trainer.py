@@ -219,5 +219,11 @@ def open_checkpoints(
     )
     root = Path(config.job.dump_folder) / config.checkpoint.folder
     return CheckpointManager(
-        root, options, identity, control, alive=alive, recovering=not place.first_start
+        root,
+        options,
+        identity,
+        control,
+        alive=alive,
+        recovering=not place.first_start,
+        began=None if place.namespace else place.generation,
     )

@@ -92,13 +92,20 @@ def _manager_maker(root: Path) -> MakeManager:
         chunk_bytes: int = CHUNK,
         attempt: int = 0,
         recovering: bool = False,
+        began: int | None = None,
         **config: Any,
     ) -> CheckpointManager:
         identity = Identity(uid, generation, nonce, fingerprint or {}, attempt)
         section = Checkpoint(enable=True, **config)
         group = dist.group.WORLD if dist.is_initialized() else None
         return CheckpointManager(
-            root, section, identity, group, recovering=recovering, chunk_bytes=chunk_bytes
+            root,
+            section,
+            identity,
+            group,
+            recovering=recovering,
+            began=began,
+            chunk_bytes=chunk_bytes,
         )
 
     return make

@@ -85,6 +85,25 @@ def test_exclusions_hold_until_the_run_has_a_checkpoint_of_its_own(
     assert same(target["optimizer"], state(8)["optimizer"]), "a recovery goes on with all of it"
 
 
+def test_a_run_over_older_steps_begins_again_until_it_has_saved(manager, state, same):
+    """By hand: generation 7 starts from generation 1's step, and fails before and after a save."""
+    manager().save(10, state(10))
+
+    def recovered(attempt: int):
+        options = {"exclude_from_loading": ("optimizer",), "load_step": 10}
+        return manager(generation=7, attempt=attempt, recovering=True, began=7, **options)
+
+    target = state(10) | {"optimizer": state(0)["optimizer"]}
+    before = recovered(1)
+    assert before.load(target).step == 10
+    assert same(target["optimizer"], state(0)["optimizer"]), "as its first start had it"
+
+    before.save(11, state(11))
+    target = state(11) | {"optimizer": state(0)["optimizer"]}
+    assert recovered(2).load(target).step == 11
+    assert same(target["optimizer"], state(11)["optimizer"]), "its own step, as a whole"
+
+
 def test_a_recovery_goes_on_from_the_newest_step(manager, state):
     saver = manager()
     for step in (10, 11):

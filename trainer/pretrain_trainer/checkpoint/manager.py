@@ -96,6 +96,9 @@ class CheckpointManager:
         recovering: this start goes on from where the run was, which is its newest checkpoint as a
             whole. checkpoint.load_step and, of the run's own checkpoints, exclude_from_loading are
             about a beginning: they are ignored. A run that has no checkpoint yet begins again.
+        began: the generation in which a run begins that finds checkpoints of earlier runs in its
+            root; None where a root belongs to one run. Until this generation has committed a
+            checkpoint, a recovery is as good as a beginning.
         chunk_bytes: how much one digest covers.
     """
 
@@ -108,11 +111,13 @@ class CheckpointManager:
         *,
         alive: Alive = unwatched,
         recovering: bool = False,
+        began: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._config = config
-        self._load_step = -1 if recovering else config.load_step
-        self._excluded = () if recovering else config.exclude_from_loading  # of our own steps
+        self._recovering = recovering
+        self._began = began
+        self._excluded: tuple[str, ...] = ()  # sections of our own steps that are not loaded
         self._identity = identity
         self._root = Root(root, identity)
         self._peers = Peers(group, alive)
@@ -178,7 +183,9 @@ class CheckpointManager:
         """
         if not self._config.load_only:
             self._enter()
-        asked = self._load_step if step is None else step
+        begins = not self._recovering or not self._peers.first(self._under_way)
+        self._excluded = tuple(self._config.exclude_from_loading) if begins else ()
+        asked = step if step is not None else self._config.load_step if begins else -1
         wanted = {name: part for name, part in state.items() if name not in self._excluded}
         skipped: list[SkippedCheckpoint] = []
         lost = asked >= 0
@@ -274,6 +281,20 @@ class CheckpointManager:
             f"checkpoints ({', '.join(f'step-{step}' for step in newer)}), which are never "
             "replaced: move them away, or use checkpoint.initial_load_path with a new folder"
         )
+
+    def _under_way(self) -> bool:
+        """Whether there is something to recover: a checkpoint of the run that is to go on."""
+        if self._began is None or not self._root.path.is_dir():
+            return self._began is None
+        return any(self._made_in(step) == self._began for step in self._root.steps())
+
+    def _made_in(self, step: int) -> int | None:
+        """The generation that saved a step; None where its manifest doesn't say."""
+        try:
+            with loading.reading(), Folder.open(self._root.step(step)) as folder:
+                return manifest.read(folder).generation
+        except DamagedError:
+            return None
 
     def _promise(self, step: int) -> Manifest:
         """The manifest of one of our own steps."""
