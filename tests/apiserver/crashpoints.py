@@ -16,7 +16,7 @@ from .workflows import Workflow
 
 NewLab = Callable[..., AbstractAsyncContextManager[Lab]]
 
-AT_A_TIME = 4  # labs; most of the time they wait
+AT_A_TIME = 6  # labs; most of the time they wait
 SETTLE_SECONDS = 30.0
 # Told once per generation, if the leader was asked while it was so.
 SEEN_BY_CHANCE = ("Training", "ResumedFrom")
@@ -92,9 +92,9 @@ async def with_crash(
             await workflow.run(lab)
             found = await end_of(lab, workflow, expected)
         except AssertionError as error:
-            return kill.done, [f"after {lab.proxy.writes[number - 1 : number]}: {error}"]
+            return kill.done, [kill.after, str(error)]
         lines = deviations(expected, found)
-        return kill.done, [f"after {lab.proxy.writes[number - 1]}", *lines] if lines else []
+        return kill.done, [kill.after, *lines] if lines else []
 
 
 async def crash_points(

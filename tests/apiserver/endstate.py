@@ -11,6 +11,9 @@ VARYING = {
 }  # fmt: skip
 ADDRESS = re.compile(r"\b127(\.\d+){3}\b")
 NODE = re.compile(r"\blab-\d+-(\d)\b")
+UID = re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
+SECONDS = re.compile(r"\b\d+ s\b")
+MASKS = {ADDRESS: "ADDRESS", NODE: r"node-\1", UID: "UID", SECONDS: "some seconds"}
 
 
 def masked(value: Any) -> Any:
@@ -20,7 +23,9 @@ def masked(value: Any) -> Any:
     if isinstance(value, list):
         return [masked(each) for each in value]
     if isinstance(value, str):
-        return NODE.sub(r"node-\1", ADDRESS.sub("ADDRESS", value))
+        for pattern, word in MASKS.items():
+            value = pattern.sub(word, value)
+        return value
     return value
 
 

@@ -13,6 +13,7 @@ class Kill:
 
     def __init__(self, number: int, kill: Callable[[], None]) -> None:
         self.done = False
+        self.after = "not killed"
         self._number = number
         self._kill = kill
 
@@ -20,7 +21,7 @@ class Kill:
         answer = await forward()
         applied = answer.status < 300 and call.is_write
         if not self.done and applied and call.number == self._number:
-            self.done = True
+            self.done, self.after = True, f"killed after {call}"
             self._kill()
             raise LostReplyError
         return answer

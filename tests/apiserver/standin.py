@@ -132,6 +132,7 @@ class StandIn:
         self._runner = web.AppRunner(_pages(self._answer), access_log=None, shutdown_timeout=0.1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
+        self._closing = asyncio.Event()
 
     # --- kubelet ---------------------------------------------------------------------------------
 
@@ -162,6 +163,7 @@ class StandIn:
 
     async def close(self) -> None:
         """No address answers any more."""
+        self._closing.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -441,7 +443,7 @@ class StandIn:
         here = request.transport.get_extra_info("sockname")[0] if request.transport else None
         worker = next(each for each in self.workers.values() if each.address == here)
         if worker.silent:
-            await asyncio.Event().wait()  # for as long as somebody listens
+            await self._closing.wait()
         return web.Response(text=self.status(worker).to_json(), content_type="application/json")
 
 

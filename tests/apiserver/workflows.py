@@ -53,7 +53,7 @@ async def resize(lab: Lab) -> None:
 class Workflow:
     """One job's life, and what it comes to.
 
-    ``blurred`` are fields of the attempts that depend on when the leader was asked last.
+    ``blurred`` are fields of the attempts that depend on what was seen last of a leader that went.
     """
 
     name: str
@@ -102,7 +102,7 @@ LEADER_DELETED = Workflow(
     pods=3,
     restarts={"PodDeleted": 1},
     attempts=("PodDeleted",),
-    blurred=frozenset({"step", "startStep", "checkpointStep", "lostSeconds"}),
+    blurred=frozenset({"step", "startStep", "checkpointStep", "lostSeconds", "exitCode"}),
 )
 SUSPEND = Workflow(
     "suspend and resume",
