@@ -208,6 +208,7 @@ def with_meeting(seen: Observation, assignment: AssignmentStatus, pods: list[Pod
             "leader": f"{_host(pods[0].ip or '')}:{names.MEETING_PORT}",
             "workers": workers,
             "announced": seen.now,
+            "written_off": _written_off(seen),  # whoever isn't waited for from now on
         }
     )
     return seen.status.model_copy(update={"assignment": told})

@@ -227,6 +227,24 @@ async def test_a_lost_pod_is_not_waited_for_though_its_node_came_back(bench: Ben
     assert bench.told("llama-1-2").generation == 2
 
 
+async def test_one_that_was_sent_away_on_a_lost_node_is_written_off_before_the_others_meet(
+    bench: Bench,
+) -> None:
+    await bench.submit(workers={"replicas": 2, "maxReplicas": 2})
+    await bench.settle()
+    bench.cluster.schedule(LEADER)
+    bench.cluster.start(OTHER, node="node-1")
+    fail_node(bench, "node-1")
+    bench.cluster.edit(Kind.JOB, JOB, {"spec": {"workers": {"replicas": 1}}})
+    await bench.settle()
+    uid = bench.cluster.pod(OTHER)["metadata"]["uid"]
+    assert bench.status.assignment.written_off == ()
+    bench.cluster.start(LEADER)
+    await bench.settle()
+    assert bench.told(LEADER).size == 1
+    assert bench.status.assignment.written_off == (uid,)
+
+
 async def test_the_only_worker_is_lost_with_its_node_alone(bench: Bench) -> None:
     await train(bench, size=1)
     bench.workers.reports.clear()
