@@ -19,10 +19,11 @@ Between that check and the rename it allows a process may be stopped for hours. 
 rely on the check alone. A commit renames a folder that the newer generation deletes when it enters:
 then there is nothing left to rename. A deletion first takes the checkpoint's name away, then checks
 again, and gives the name back if the root has changed hands meanwhile. What remains, on a file
-system whose clients agree, is a process that is stopped between those two renames, a few
-microseconds: it leaves one old, dispensable checkpoint without its name until it wakes up. Where
-clients disagree for a while about what is in a folder, a writer stopped before its commit may still
-add its checkpoint: complete, valid, and of a step the newer generation computes too.
+system whose clients agree, is a process that is stopped between those two renames, usually tens of
+microseconds and at worst some milliseconds: it leaves one old, dispensable checkpoint without its
+name until it wakes up, or for good if the newer generation clears up meanwhile. Where clients
+disagree for a while about what is in a folder, a writer stopped before its commit may still add its
+checkpoint: complete, valid, and of a step the newer generation computes too.
 
 **The owner.** root.json is written at first use. A root of another job is refused, because mixing
 two jobs' checkpoints would resume one from the other. So is a root that has checkpoints but no
