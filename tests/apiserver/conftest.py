@@ -1,8 +1,7 @@
 """One control plane per session, a lab per run, and a table of crash points in the end."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ import pytest
 from .api import Api
 from .controlplane import ControlPlane, control_plane
 from .crashpoints import Findings
-from .lab import Lab, install, lab
+from .lab import NewLab, install, lab
 from .operators import ForkServer
-
-NewLab = Callable[..., AbstractAsyncContextManager[Lab]]
 
 FINDINGS = pytest.StashKey[list[Findings]]()
 

@@ -3,18 +3,15 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .api import Body
 from .endstate import blurred, difference
 from .faults import Kill
-from .lab import Lab
+from .lab import Lab, NewLab
 from .operators import Operator
 from .workflows import Workflow
-
-NewLab = Callable[..., AbstractAsyncContextManager[Lab]]
 
 AT_A_TIME = 6  # labs; most of the time they wait
 SETTLE_SECONDS = 30.0

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from .controlplane import ControlPlane
 from .endstate import masked
 from .operators import ForkServer, Operator
 from .proxy import SERVICE_ACCOUNT, Proxy
-from .standin import Deed, Run, StandIn, Worker, stand_in
+from .standin import StandIn, stand_in
+from .world import Deed, Run, Worker
 
 JOB = "job"
 SYSTEM = "pretrain-system"
@@ -265,3 +266,6 @@ async def lab(
         run = Run(dict(script or {}), steps)
         async with stand_in(api, namespace, run) as kubelet, kept(operator):
             yield Lab(api, plane, servers, namespace, folder, kubelet, proxy, operator)
+
+
+NewLab = Callable[..., AbstractAsyncContextManager[Lab]]

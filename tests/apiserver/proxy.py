@@ -8,8 +8,7 @@ or kill the operator before it hears it. Watches pass event by event, and any ma
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -24,7 +23,6 @@ SERVICE_ACCOUNT = "system:serviceaccount:pretrain-system:pretrain-operator"
 GROUPS = ("system:serviceaccounts", "system:authenticated")
 PASSED_ON = ("Accept", "Content-Type")
 LEASES = "/leases"
-EVENTS = "/events"
 
 
 @dataclass(frozen=True)
@@ -240,13 +238,3 @@ def _around(fault: Fault, call: Call, forward: Forward) -> Forward:
 
 def _target(call: Call) -> str:
     return f"{call.path}?{call.query}" if call.query else call.path
-
-
-@asynccontextmanager
-async def with_fault(proxy: Proxy, fault: Fault) -> AsyncIterator[None]:
-    """A fault for a while."""
-    proxy.faults.append(fault)
-    try:
-        yield
-    finally:
-        proxy.faults.remove(fault)

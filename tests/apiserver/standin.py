@@ -2,19 +2,15 @@
 
 Pods are bound to nodes that exist on paper only, get an address of the loopback network each, and
 answer ``GET /status`` there as a supervisor would. Ranks of one generation make steps together once
-all of them have heard of it, write checkpoints into a volume that is a number, and end with the
-codes and termination messages of the wire contract. What happens to them beside that is scripted by
-step, so that a run is the same however long the operator was away.
+all of them have heard of it, obey orders, and end with the codes and termination messages of the
+wire contract; :mod:`world` says who they are and what befalls them.
 """
 
 import asyncio
 import contextlib
-import itertools
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,101 +19,18 @@ from aiohttp import web
 from pretrain_api import names
 from pretrain_api.wire import (
     Assignment,
-    CheckpointReport,
     ExitCode,
-    Failure,
     Order,
     Phase,
-    Progress,
-    Result,
     TerminationMessage,
     WorkerStatus,
 )
 
 from .api import Api, ApiError, Body
+from .world import TICK_SECONDS, Fail, Lose, Run, Wait, Worker, last_words
 
-TICK_SECONDS = 0.05  # a step
 KUBELET = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
 NODES = 2
-
-_numbers = itertools.count(1)
-
-
-def _address() -> str:
-    """An address that no other pod of this process has, and hardly one of another process."""
-    number = next(_numbers)
-    return f"127.{1 + os.getpid() % 250}.{number // 250}.{1 + number % 250}"
-
-
-@dataclass(frozen=True)
-class Fail:
-    """The container of a worker ends with this code."""
-
-    worker: int
-    code: int
-
-
-@dataclass(frozen=True)
-class Lose:
-    """A worker and the kubelet of its node fall silent; the node is said not to be ready."""
-
-    worker: int
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Training stands at this step until the test lets it go on."""
-
-
-Deed = Fail | Lose | Wait
-
-
-@dataclass
-class Run:
-    """One job as its workers know it: what is on the volume, and what is yet to happen."""
-
-    script: dict[int, Deed]
-    steps: int
-    interval: int = 10
-    checkpoint: int = 0
-    fence: int = 0
-    standing: asyncio.Event = field(default_factory=asyncio.Event)
-    complaints: list[str] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Worker:
-    """One pod from its creation to its end."""
-
-    pod: Body
-    index: int
-    address: str = field(default_factory=_address)
-    site: web.TCPSite | None = None
-    assignment: Assignment | None = None
-    step: int = 0
-    started: int = 0  # generation in which its ranks run or ran last
-    resumed: int | None = None
-    beat: float = field(default_factory=time.monotonic)
-    silent: bool = False
-    paused: bool = False
-    ending: bool = False
-    over: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.pod["metadata"]["name"]
-
-    @property
-    def uid(self) -> str:
-        return self.pod["metadata"]["uid"]
-
-    @property
-    def leaving(self) -> bool:
-        return "deletionTimestamp" in self.pod["metadata"]
-
-    @property
-    def generation(self) -> int:
-        return self.assignment.generation if self.assignment else 0
 
 
 class StandIn:
@@ -334,7 +247,7 @@ class StandIn:
             case Fail(index, code):
                 del self.run.script[step]
                 worker = next(each for each in world if each.index == index)
-                self.end(worker, code, _last_words(worker, self.progress(worker), code))
+                self.end(worker, code, last_words(worker, self.run.progress(worker), code))
                 return
             case Lose(index):
                 del self.run.script[step]
@@ -359,7 +272,7 @@ class StandIn:
 
         async def end() -> None:
             for worker in reversed(world):
-                await self._end(worker, 0, _last_words(worker, self.progress(worker), 0))
+                await self._end(worker, 0, last_words(worker, self.run.progress(worker), 0))
 
         self._spawn(end())
 
@@ -377,7 +290,7 @@ class StandIn:
         return worker.assignment.orders if worker.assignment else Order.NONE
 
     def _leave(self, worker: Worker) -> None:
-        said = _last_words(worker, self.progress(worker), ExitCode.PREEMPTED)
+        said = last_words(worker, self.run.progress(worker), ExitCode.PREEMPTED)
         self.end(worker, ExitCode.PREEMPTED, said)
 
     def go_on(self) -> None:
@@ -397,24 +310,6 @@ class StandIn:
 
     # --- the worker's page -----------------------------------------------------------------------
 
-    def progress(self, worker: Worker) -> Progress:
-        """What the ranks of a worker know."""
-        if not worker.started:
-            return Progress()
-        kept = self.run.checkpoint
-        report = CheckpointReport(step=kept, time=time.time(), path=f"step-{kept}", bytes=kept)
-        return Progress(
-            step=worker.step,
-            steps=self.run.steps,
-            tokens=worker.step * 1024,
-            loss=10 - worker.step / 100,
-            first_loss=10.0,
-            step_seconds=TICK_SECONDS,
-            resumed_from=worker.resumed,
-            checkpoint=report if kept else None,
-            ledger=f"{worker.step:016x}",
-        )
-
     def status(self, worker: Worker) -> WorkerStatus:
         """What a supervisor says of itself."""
         told = worker.assignment
@@ -432,7 +327,7 @@ class StandIn:
             phase=Phase.STEP if trains else Phase.WAITING,
             step=worker.step,
             beat_age_seconds=time.monotonic() - worker.beat,
-            progress=self.progress(worker),
+            progress=self.run.progress(worker),
             warm=True,
             paused=worker.paused,
             waiting_for=tuple(missing) if told and told.rank == 0 else (),
@@ -451,26 +346,6 @@ def _pages(answer: Callable[[web.Request], Awaitable[web.Response]]) -> web.Appl
     pages = web.Application()
     pages.router.add_get("/status", answer)
     return pages
-
-
-def _last_words(worker: Worker, progress: Progress, code: int) -> TerminationMessage:
-    results = {0: Result.COMPLETE, ExitCode.CONFIG: Result.CONFIG}
-    results[ExitCode.PREEMPTED] = Result.PREEMPTED
-    result = results.get(code, Result.FAILED)
-    rank = worker.assignment.rank if worker.assignment else None
-    failure = None
-    if result in (Result.FAILED, Result.CONFIG):
-        said = f"the script says so at step {progress.step}"
-        reason = "Config" if result is Result.CONFIG else "RankFailed"
-        failure = Failure(rank=rank, exit_code=code, reason=reason, message=said)
-    return TerminationMessage(
-        result=result,
-        generation=worker.generation,
-        rank=rank,
-        exit_code=code,
-        progress=progress,
-        failure=failure,
-    )
 
 
 def _container(**state: Body) -> Body:

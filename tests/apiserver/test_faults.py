@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from .api import Body
-from .conftest import NewLab
 from .crashpoints import End, deviations, end_of, undisturbed
 from .endstate import difference
 from .faults import (
@@ -21,7 +20,7 @@ from .faults import (
     refuse,
     slow,
 )
-from .lab import Lab
+from .lab import Lab, NewLab
 from .proxy import Call
 from .workflows import APPLY, FOR_GOOD, SUSPEND, WORKER_FAILS, Workflow
 

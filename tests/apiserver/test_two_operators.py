@@ -4,14 +4,13 @@ import asyncio
 
 import pytest
 
-from .conftest import NewLab
 from .crashpoints import deviations, end_of, undisturbed
 from .faults import Hang
-from .lab import Lab
+from .lab import Lab, NewLab
 from .operators import Operator
 from .proxy import Call
-from .standin import Wait
 from .workflows import WORKER_FAILS
+from .world import Wait
 
 pytestmark = pytest.mark.cluster
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from .conftest import NewLab
 from .crashpoints import end_of
+from .lab import NewLab
 from .workflows import GONE, WORKFLOWS, Workflow
 
 pytestmark = pytest.mark.cluster

@@ -10,7 +10,7 @@ from pretrain_api.wire import ExitCode
 
 from .api import Body
 from .lab import Lab, manifest, workers
-from .standin import Deed, Fail, Lose, Wait
+from .world import Deed, Fail, Lose, Wait
 
 COMPLETE, FAILED, SUSPENDED, GONE = "Complete", "Failed", "Suspended", None
 
