@@ -343,6 +343,25 @@ def test_a_launcher_that_does_not_stop_its_ranks_is_killed(
     assert "did not stop its ranks within 0 s" in failure.message
 
 
+def test_ranks_that_are_done_and_do_not_end_are_not_waited_for(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain_agent.supervisor.BARRIER_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        assert supervisor._outcome is not None
+        supervisor.member.state = State.RUNNING
+        supervisor.board.publish(0, Phase.DONE, 5)
+        turn = supervisor.turn
+        await until(lambda: supervisor.turn != turn)
+        assert supervisor.member.state is State.RUNNING  # they get some time
+        monkeypatch.setattr("pretrain_agent.supervisor.EXIT_SECONDS", 0.0)
+        await until(supervisor._outcome.done)
+
+    assert asyncio.run(while_running(supervisor, scenario)) == 0
+    assert message(supervisor).result is Result.COMPLETE
+
+
 def test_time_in_which_nobody_could_run_is_not_the_launchers(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ from pretrain_api.wire import (
     Assignment,
     Failure,
     Order,
+    Phase,
     Progress,
     TerminationMessage,
     WorkerStatus,
@@ -68,6 +69,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05  # between two looks at the assignment and at the clock
 KILL_SECONDS = 5.0  # for killed processes to be gone
+EXIT_SECONDS = 60.0  # for ranks that are done to end; what they had to do is done
 BARRIER_SECONDS = 10.0  # to wait for other workers after our ranks have finished
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -261,6 +263,10 @@ class Supervisor:
         assignment = self.member.assignment
         self.hangs.tick(beats, running, assignment.hang if assignment else None, now)
         self.launcher.kill_if_stuck(all(beat.pid for beat in beats))
+        done = all(beat.phase is Phase.DONE and now - beat.at > EXIT_SECONDS for beat in beats)
+        if done and self.member.state is State.RUNNING:
+            log.warning("ranks that are done don't end")
+            self._finish()
 
     def _enter_generation(self, assignment: Assignment) -> None:
         """Host or find the meeting of the new generation."""
