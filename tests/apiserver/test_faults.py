@@ -145,6 +145,27 @@ async def test_an_event_that_nobody_brings(new_lab: NewLab, expect: Expect) -> N
     assert hidden == 1
 
 
+async def test_a_worker_that_fails_unseen(new_lab: NewLab, expect: Expect) -> None:
+    """Nobody brings the end of its pod, but it doesn't answer, and then it is looked at."""
+    expected = await expect(WORKER_FAILS)
+    hidden: set[str] = set()
+
+    def screen(call: Call, event: Body) -> bool:
+        meta, status = event["object"].get("metadata", {}), event["object"].get("status", {})
+        hide = event["type"] == "MODIFIED" and status.get("phase") == "Failed"
+        if hide:
+            hidden.add(meta["name"])
+        return not hide
+
+    async with new_lab(WORKER_FAILS.script) as lab:
+        lab.proxy.screen = screen
+        lab.operator.start()
+        await WORKER_FAILS.run(lab)
+        await same_end(lab, WORKER_FAILS, expected)
+        assert lab.operator.starts == 1
+    assert hidden == {"job-1-1"}
+
+
 async def test_a_list_from_the_past(new_lab: NewLab, expect: Expect) -> None:
     """A new operator is shown the pods of long ago first, and what happened since only then."""
     expected = await expect(WORKER_FAILS)
