@@ -306,7 +306,7 @@ def suspend(scene: Scene) -> None:
     scene.jobs.patch(scene.job, {"suspend": True})
     scene.jobs.wait(
         scene.job,
-        lambda job: job.holds(names.SUSPENDED) and not scene.running(),
+        lambda job: job.holds(names.SUSPENDED) and job.pod(0) is None and not scene.running(),
         PATIENCE_SECONDS,
         "its suspension",
     )
