@@ -26,6 +26,7 @@ NAMESPACE = "bench-recovery"
 JOB = "toy"
 STEPS = 1_000_000  # more than any run of this takes
 HANG_SECONDS = 10  # the deadline of a step that the frozen rank is found by
+SLOW_SECONDS = 60.0  # a recovery that took longer is worth its logs
 JITTER_SECONDS = 1.0  # some steps
 PAGE = "docs/benchmarks.md"
 MARKER = "recovery"
@@ -62,6 +63,8 @@ def run(jobs: Jobs, scene: Scene, chosen: Sequence[Fault], count: int) -> dict[s
                 recovery = measure(scene, recorder, fault)
                 recoveries[fault.name].append(recovery)
                 print(line(repeat, recovery), flush=True)
+                if recovery.total > SLOW_SECONDS:
+                    print(jobs.story(JOB), flush=True)
                 passed(scene, recovery.step)
     return recoveries
 
