@@ -21,6 +21,7 @@ def describe() -> str:
 
 
 def commit() -> str:
-    """Short name of the commit, with a plus if the tree has changes."""
+    """Short name of the commit, with a plus if the tree has changes; or that there is none."""
     argv = ["git", "-C", str(repository()), "describe", "--always", "--dirty=+"]
-    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
