@@ -31,6 +31,8 @@ LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 
 # The operator's word to a worker: JSON of wire.Assignment, projected into the pod as a file.
 ANNOTATION_ASSIGNMENT: Final = f"{GROUP}/assignment"
+# When the operator last had the kubelet look at it again.
+ANNOTATION_REMINDED: Final = f"{GROUP}/reminded"
 
 # Condition types of a PretrainJob, in the vocabulary of batch/v1 Job.
 SUSPENDED: Final = "Suspended"

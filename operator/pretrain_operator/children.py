@@ -3,10 +3,12 @@
 Everything is derived from the status as it was read back, never from a decision of the same round.
 """
 
+from datetime import timedelta
+
 from pretrain_api import names
 from pretrain_api.job import Hang, PretrainJob
 from pretrain_api.status import Member
-from pretrain_api.wire import Assignment, HangDeadlines
+from pretrain_api.wire import Assignment, HangDeadlines, Order
 from pretrain_operator.actions import Action, Create, Delete, Patch
 from pretrain_operator.border import read_assignment
 from pretrain_operator.cluster import Kind
@@ -22,6 +24,9 @@ from pretrain_operator.resources import (
 )
 from pretrain_operator.resources.podgroup import NEVER_REPLACED
 from pretrain_operator.resources.volumes import owners_for
+
+REMIND_AFTER = timedelta(seconds=5)  # the file in the pod usually follows within a third of one
+REMIND_AGAIN = timedelta(seconds=30)  # who was reminded may be saving, for as long as that takes
 
 
 def prepare(seen: Observation, job: PretrainJob) -> list[Action]:
@@ -83,12 +88,36 @@ def announce(seen: Observation) -> list[Action]:
     actions: list[Action] = []
     for member in seen.members:
         pod, word = seen.pod_of(member), assignment_for(seen, member)
-        if pod is None or pod.over or word is None or pod.assignment == word:
+        if pod is None or pod.over or word is None:
             continue
-        annotations = {names.ANNOTATION_ASSIGNMENT: word}
-        patch = {"metadata": {"uid": pod.uid, "annotations": annotations}}
-        actions.append(Patch(Kind.POD, pod.name, patch, "Assigned"))
+        if pod.assignment != word:
+            actions.append(_annotate(pod, names.ANNOTATION_ASSIGNMENT, word, "Assigned"))
+        elif _reminder_is_due(seen, pod):
+            # Now and then a kubelet passes over a change of annotations, and looks again only after
+            # a minute or more. Any other change makes it look at once.
+            time = seen.now.isoformat()
+            actions.append(_annotate(pod, names.ANNOTATION_REMINDED, time, "Reminded"))
     return actions
+
+
+def _annotate(pod: Pod, key: str, value: str, reason: str) -> Patch:
+    patch = {"metadata": {"uid": pod.uid, "annotations": {key: value}}}
+    return Patch(Kind.POD, pod.name, patch, reason)
+
+
+def _reminder_is_due(seen: Observation, pod: Pod) -> bool:
+    """Whether a worker says, some seconds after it was told, that it has heard nothing of it."""
+    assignment, said = seen.status.assignment, seen.reports.get(pod.name)
+    if assignment is None or said is None:
+        return False
+    ordered = assignment.order in (Order.PAUSE, Order.DRAIN)
+    obeys = said.draining or said.paused
+    if said.generation >= assignment.generation and (obeys or not ordered):
+        return False
+    told = max((at for at in (assignment.announced, assignment.ordered) if at), default=seen.now)
+    if pod.reminded is not None and pod.reminded > told:
+        return seen.now - pod.reminded >= REMIND_AGAIN
+    return seen.now - told >= REMIND_AFTER
 
 
 def assignment_for(seen: Observation, member: Member) -> str | None:

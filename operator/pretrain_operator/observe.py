@@ -69,6 +69,7 @@ class Pod:
     holds_quota: bool = False  # of a queue, even once it has ended
     ready: bool = False
     assignment: str | None = None
+    reminded: datetime | None = None
     kill_at: datetime | None = None  # set once it is being deleted
     deleted_at: datetime | None = None
     disruption: str | None = None  # reason of the DisruptionTarget condition
@@ -268,6 +269,7 @@ def parse_pod(body: Json) -> Pod | None:
         ready=conditions.get("Ready", {}).get("status") == "True",
         holds_quota=holds_quota(labels, _part(meta, "annotations")),
         assignment=_part(meta, "annotations").get(names.ANNOTATION_ASSIGNMENT),
+        reminded=_time_or_none(_part(meta, "annotations").get(names.ANNOTATION_REMINDED)),
         kill_at=kill_at,
         deleted_at=kill_at - grace if kill_at else None,
         disruption=disruption.get("reason") if disruption.get("status") == "True" else None,
@@ -351,6 +353,14 @@ def parse_claim(body: Json) -> Claim:
 
 def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
+
+
+def _time_or_none(text: str | None) -> datetime | None:
+    """A time that a user may have edited."""
+    try:
+        return _time(text)
+    except ValueError:
+        return None
 
 
 async def gather_pods(cluster: Cluster, job: Job, cached: Iterable[Json]) -> tuple[Pod, ...]:
