@@ -99,6 +99,7 @@ async def test_the_leaders_word_completes_the_job_even_if_nobody_watched(bench: 
     assert bench.condition(names.COMPLETE) == ("True", "Completed")
     status = bench.status
     assert (status.phase, status.progress.summary) == (JobPhase.COMPLETE, "100/100")
+    assert (status.workers.active, status.replicas) == (0, 0)  # though the other has yet to end
     assert status.progress.first_loss == 9.0
     assert status.workers.summary == "2/2"
     assert status.completion_time is not None
