@@ -132,6 +132,22 @@ def verdict_after(lookout: Lookout, seconds: int, *pulses: Pulse) -> Hung | None
     return found
 
 
+@pytest.mark.parametrize(("state", "limit"), [("S", 1800), ("D", 1800), ("T", 60), ("t", 60)])
+def test_a_stopped_process_is_not_granted_the_time_of_a_save(state: str, limit: float) -> None:
+    def hung_after(seconds: float) -> Hung | None:
+        lookout = Lookout(0, now=0.0)
+        for now in (1.0, 2.0, seconds):
+            saving = Pulse(round=0, rank=0, phase=Phase.SAVE, step=5, age=now, state=state)
+            lookout.hear(0, saving, now)
+            found = lookout.verdict([0], USUAL, now)
+        return found
+
+    assert hung_after(limit) is None
+    found = hung_after(limit + 3)
+    assert found is not None
+    assert found.limit == limit
+
+
 def test_an_agent_that_says_nothing_may_have_the_one_that_all_wait_for() -> None:
     pulses = [pulse(0, 0), pulse(1, 0)]
     assert verdict_after(heard(*pulses), 70, *pulses) is not None
@@ -250,7 +266,7 @@ class Lockstep:
             and (beat.step == last.step)
         )
 
-    def watch(self, until: float, frozen: int | None = None) -> Hung | None:
+    def watch(self, until: float, frozen: int | None = None, since: float = 0.0) -> Hung | None:
         """What the leader says, with pulses that are lost and late, once a second."""
         vitals = [Vitals() for _ in self.beats]
         lookout = Lookout(0, 0.0)
@@ -264,7 +280,7 @@ class Lockstep:
                 one.look(beats, now)
                 due = int(now - 0.1 + offset[agent]) != int(now + offset[agent])
                 if due and self.random.random() < 0.9:
-                    state = "T" if agent == frozen else "S"
+                    state = "T" if agent == frozen and now >= since else "S"
                     said = one.pulse(beats, now).model_copy(update={"state": state})
                     lookout.hear(agent, said, now)
             if int(now - 0.1) != int(now):
@@ -293,6 +309,6 @@ def test_whenever_a_rank_freezes_it_is_found_and_named(seed: int) -> None:
     world.freeze(rank, moment)
     last = world.beats[rank][-1]
     longest = max(longest for _, longest in LENGTHS.values())  # that others take to catch up
-    found = world.watch(moment + longest + LIMITS[last.phase] + 5, frozen=rank)
+    found = world.watch(moment + longest + LIMITS[last.phase] + 5, frozen=rank, since=moment)
     assert found is not None
     assert (found.rank, found.phase, found.step) == (rank, last.phase, last.step)

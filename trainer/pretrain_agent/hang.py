@@ -38,6 +38,7 @@ DEFAULT_SECONDS: Mapping[Phase, float] = {
 }
 # How far a rank is that has completed as many steps as the others.
 WITHIN_STEP = {Phase.SAVE: 0, Phase.EVAL: 1, Phase.DATA: 2, Phase.FIRST_STEP: 3, Phase.STEP: 3}
+STOPPED = ("T", "t")
 STATES = {
     "": "the process is gone",
     "D": "the process is in uninterruptible sleep (state D)",
@@ -144,6 +145,12 @@ def suspect(pulses: Iterable[Pulse], age: float) -> Pulse:
     return named.model_copy(update={"age": round(min(age, youngest), 3)})
 
 
+def time_of(pulse: Pulse, granted: Mapping[Phase, float]) -> float:
+    """Seconds that a rank is granted. One that is stopped gets no further in any phase."""
+    usual = granted[pulse.phase]
+    return min(usual, granted[Phase.STEP]) if pulse.state in STOPPED else usual
+
+
 class Pace:
     """How long a step takes, from the beats of one rank looked at again and again."""
 
@@ -208,13 +215,13 @@ class Lookout:
             return None  # they may have got further since they said so
         # Ages as they were said: what happened since then isn't known.
         named = suspect((self._pulses[agent][0] for agent in tied), now - self._rear.since)
-        if named.phase is Phase.DONE or named.age <= granted[named.phase]:
+        if named.phase is Phase.DONE or named.age <= (limit := time_of(named, granted)):
             return None
         return Hung(
             rank=named.rank,
             phase=named.phase,
             step=named.step,
             seconds=named.age,
-            limit=granted[named.phase],
+            limit=limit,
             state=named.state,
         )
