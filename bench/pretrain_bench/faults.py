@@ -303,14 +303,19 @@ def kill_operator_in_recovery(scene: Scene) -> Injury:
 
 
 def suspend(scene: Scene) -> None:
-    """Suspend the job and wait until none of its pods runs; those that failed are kept."""
+    """Suspend the job and wait until none of its pods runs; those that failed are kept.
+
+    One that was lost with its node may seem to run for as long as the node is away.
+    """
+
+    def is_quiet(job: Snapshot) -> bool:
+        assignment = job.status.assignment
+        lost = assignment.written_off if assignment else ()
+        running = [pod for pod in scene.running() if uid(pod) not in lost]
+        return job.holds(names.SUSPENDED) and job.pod(0) is None and not running
+
     scene.jobs.patch(scene.job, {"suspend": True})
-    scene.jobs.wait(
-        scene.job,
-        lambda job: job.holds(names.SUSPENDED) and job.pod(0) is None and not scene.running(),
-        PATIENCE_SECONDS,
-        "its suspension",
-    )
+    scene.jobs.wait(scene.job, is_quiet, PATIENCE_SECONDS, "its suspension")
 
 
 def suspend_and_resume(scene: Scene) -> Injury:
