@@ -5,6 +5,8 @@ that nothing happens to trains as far. It must have the same checkpoints at thes
 optimizer, data position and ledger, bit for bit.
 """
 
+import hashlib
+import json
 import random
 import time
 from dataclasses import dataclass, replace
@@ -179,6 +181,12 @@ def test_a_short_soak(storm: Storm) -> None:
     storm.note("soak", done[-1].step)
 
 
+def ledger_section(ledger: str) -> str:
+    """Digest of the section of a checkpoint that holds the ledger which a status tells."""
+    tensor = json.dumps(["digest", "torch.uint8", [len(ledger) // 2]]).encode()
+    return hashlib.sha256(tensor + bytes.fromhex(ledger)).hexdigest()
+
+
 def test_every_end_is_the_one_of_an_undisturbed_run(storm: Storm) -> None:
     jobs, steps = storm.jobs, max(storm.noted)
     faults.suspend(storm)
@@ -191,7 +199,7 @@ def test_every_end_is_the_one_of_an_undisturbed_run(storm: Storm) -> None:
     progress = job.status.progress
     assert (job.step, job.steps, job.restarts) == (steps, steps, 0)
     assert job.checkpoint.step == steps
-    assert progress.ledger == ours[steps]["ledger"]
+    assert ledger_section(progress.ledger) == ours[steps]["ledger"]
     assert progress.first_loss > progress.loss > 0
     row = jobs.kubectl("get", "ptj", "undisturbed", "--no-headers")
     assert "Complete" in row

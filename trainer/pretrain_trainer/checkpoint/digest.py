@@ -5,8 +5,7 @@
 Two runs ended alike if their final weights have the same digest, be they saved by one rank or by a
 hundred. So the digest is taken of logical tensors: each is put together from its parts, one at a
 time, and goes into its section's SHA-256 as name, dtype, shape and bytes, in the order of names. A
-section that is a single tensor (the ledger) is digested as its bare bytes, which is how the ledger
-appears in a job's progress too.
+section that is a single tensor is digested as its bare bytes.
 
 PATH is a step folder, or a root whose newest good checkpoint is taken.
 """
