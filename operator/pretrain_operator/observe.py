@@ -6,7 +6,8 @@ Claim, ConfigMap and network policy are read only when something has to be creat
 changed: a job in full swing costs one GET and one question to its leader per round.
 
 A cache may lag. It can make a pod look missing that is there: creating it again is refused
-harmlessly, and before a member is called lost it is asked for by name.
+harmlessly, and before a member is called lost it is asked for by name. It can make a pod look alive
+that has failed: so is one that no longer belongs, before it is deleted and its logs with it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -364,15 +365,23 @@ def _time_or_none(text: str | None) -> datetime | None:
 
 
 async def gather_pods(cluster: Cluster, job: Job, cached: Iterable[Json]) -> tuple[Pod, ...]:
-    """The job's pods by index and age; a member with a UID that the cache lacks is asked for."""
+    """The job's pods by index and age, as the cache has them.
+
+    Asked for are members with a UID that it lacks, and running pods without a place in the present
+    generation: these are about to be deleted, unless they have ended and are kept for a look.
+    """
     uid, namespace = job.meta.uid or "", job.meta.namespace or "default"
     bodies = {body["metadata"]["name"]: body for body in cached if belongs(body, uid)}
-    members = job.status.assignment.workers if job.status.assignment else ()
-    for member in members:
-        if member.uid and member.pod not in bodies:
-            body = await _find(cluster, Kind.POD, namespace, member.pod)
-            if body is not None and belongs(body, uid):
-                bodies[member.pod] = body
+    present = job.status.assignment
+    members = present.workers if present else ()
+    missing = {each.pod for each in members if each.uid and each.pod not in bodies}
+    placed = {each.pod for each in (*members, *(present.candidates if present else ()))}
+    parsed = (parse_pod(body) for name, body in bodies.items() if name not in placed)
+    for name in missing | {pod.name for pod in parsed if pod and pod.alive}:
+        body = await _find(cluster, Kind.POD, namespace, name)
+        bodies.pop(name, None)
+        if body is not None and belongs(body, uid):
+            bodies[name] = body
     pods = [pod for body in bodies.values() if (pod := parse_pod(body))]
     return tuple(sorted(pods, key=lambda pod: (pod.index, pod.created_in)))
 

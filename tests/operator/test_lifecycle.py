@@ -199,6 +199,19 @@ async def test_a_crash_is_charged_waits_and_keeps_the_evidence(bench: Bench) -> 
     assert bench.metrics.restarts.labels("RankFailed")._value.get() == 1
 
 
+async def test_evidence_is_kept_though_the_watch_still_shows_a_running_pod(bench: Bench) -> None:
+    """A new operator's first list may be older than what the last one wrote down."""
+    await bench.submit()
+    await bench.train(FORTY)
+    running = bench.cluster.pods()
+    await bench.crash()
+    await bench.settle()
+    assert bench.member_pods() == ["llama-0-1", "llama-1-2"]
+    bench.stale = running
+    await bench.round()
+    assert bench.cluster.pod("llama-1-1")["status"]["phase"] == "Failed"
+
+
 async def test_one_failure_seen_worker_by_worker_is_charged_once(bench: Bench) -> None:
     await bench.submit(recovery={"backoffSeconds": 5}, workers={"replicas": 3})
     await bench.train()

@@ -11,6 +11,7 @@ import asyncio
 import copy
 import json
 import os
+from collections import deque
 from collections.abc import Coroutine
 from datetime import datetime, timedelta
 from typing import Any
@@ -37,7 +38,7 @@ from pretrain_api.wire import (
     Result,
     WorkerStatus,
 )
-from pretrain_operator.cluster import ClusterError, Kind
+from pretrain_operator.cluster import Body, ClusterError, Kind
 from pretrain_operator.testing import JOB, Bench, CrashError, condition, message
 
 MAX_RESTARTS = 3
@@ -57,6 +58,8 @@ class HostileCluster(RuleBasedStateMachine):
         self.finished: Any = None
         self.crashes: dict[str, int | None] = {}  # pods that failed, in which generation
         self.charged: dict[int, str] = {}  # pod charged with the end of a generation
+        self.evidence: dict[str, str] = {}  # the last pod that failed, of each worker
+        self.past: deque[list[Body]] = deque(maxlen=3)  # pods as they once were
 
     def run(self, work: Coroutine[Any, Any, Any]) -> None:
         """One piece of the operator's work; a crash or a refused write ends it early."""
@@ -103,6 +106,7 @@ class HostileCluster(RuleBasedStateMachine):
     @rule()
     def settle_and_find_nothing_left_to_do(self) -> None:
         self.bench.stale = None
+        self.past.append(self.cluster.pods())
         self.loop.run_until_complete(self.bench.settle())
         before = len(self.cluster.writes)
         self.loop.run_until_complete(self.bench.round())
@@ -111,11 +115,18 @@ class HostileCluster(RuleBasedStateMachine):
     @rule()
     def all_is_quiet_and_everybody_starts(self) -> None:
         self.bench.stale = None
+        self.past.append(self.cluster.pods())
         self.loop.run_until_complete(self.bench.train())
+        self.past.append(self.cluster.pods())
 
     @rule()
     def the_watch_stalls(self) -> None:
         self.bench.stale = copy.deepcopy(self.cluster.pods())
+
+    @precondition(lambda self: self.past)
+    @rule(data=st.data())
+    def a_new_operator_is_shown_the_past(self, data: st.DataObject) -> None:
+        self.bench.stale = data.draw(st.sampled_from(list(self.past)))
 
     @rule()
     def the_watch_catches_up(self) -> None:
@@ -180,7 +191,8 @@ class HostileCluster(RuleBasedStateMachine):
         result = Result.PREEMPTED if code == ExitCode.PREEMPTED else Result.FAILED
         word = self.word(name)
         said = message(result, generation=word["generation"], rank=word["rank"]) if word else ""
-        self.crashes[name] = word["generation"] if word else None
+        obeyed = said and result is Result.PREEMPTED
+        self.fails(name, word["generation"] if word else None, kept=code != 0 and not obeyed)
         self.cluster.finish(name, code, said)
 
     @precondition(lambda self: self.the_world_trains())
@@ -195,7 +207,7 @@ class HostileCluster(RuleBasedStateMachine):
         generation = self.bench.status.assignment.generation
         before = len(self.charged)
         for name in data.draw(st.permutations(members)):
-            self.crashes[name] = generation
+            self.fails(name, generation)
             self.cluster.finish(name, 1, message(Result.FAILED, generation=generation))
             self.loop.run_until_complete(self.bench.settle())
             self.every_charge_is_for_a_failure_of_its_own()
@@ -206,6 +218,7 @@ class HostileCluster(RuleBasedStateMachine):
     def a_pod_is_deleted(self, data: st.DataObject, graceful: bool) -> None:
         names_ = [pod["metadata"]["name"] for pod in self.cluster.pods()]
         name = data.draw(st.sampled_from(names_))
+        self.evidence = {worker: pod for worker, pod in self.evidence.items() if pod != name}
         (self.cluster.remove if graceful else self.cluster.vanish)(Kind.POD, name)
 
     @rule(suspended=st.booleans())
@@ -258,6 +271,15 @@ class HostileCluster(RuleBasedStateMachine):
         else:
             said = WorkerStatus(generation=word["generation"], rank=word["rank"], paused=True)
             self.bench.workers.reports[name] = said
+
+    def fails(self, name: str, generation: int | None, *, kept: bool = True) -> None:
+        """Note it. A pod that is being deleted goes with its end; who did as told isn't kept."""
+        self.crashes[name] = generation
+        worker, _, created_in = name.rpartition("-")
+        last = int(self.evidence.get(worker, "-0").rpartition("-")[2])
+        if kept and int(created_in) > last:
+            leaves = "deletionTimestamp" in self.cluster.pod(name)["metadata"]
+            self.evidence |= {} if leaves else {worker: name}
 
     def leader_running(self) -> bool:
         members = self.bench.member_pods()
@@ -339,6 +361,11 @@ class HostileCluster(RuleBasedStateMachine):
                 assert self.crashes[attempt.pod] in (None, attempt.generation)
                 assert self.charged.setdefault(attempt.generation, attempt.pod) == attempt.pod
         assert len(set(self.charged.values())) == len(self.charged)
+
+    @invariant()
+    def the_last_failure_of_each_worker_is_there_for_a_look(self) -> None:
+        there = {pod["metadata"]["name"] for pod in self.cluster.pods()}
+        assert there >= set(self.evidence.values())
 
     @invariant()
     def a_finished_job_stays_as_it_is(self) -> None:
