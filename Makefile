@@ -37,14 +37,16 @@ lint: setup ## Style, types, layers, generated files: what must be clean before 
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 	$(BIN)/python -m pretrain_api.crd --check
+	$(BIN)/python -m pretrain_docs --check
 
 format: setup ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: setup ## The CRD, from the models, into manifests/ and the chart
+generate: setup ## The CRD from the models, the API reference from the CRD, the chart's README
 	$(BIN)/python -m pretrain_api.crd
 	cp manifests/base/crds/*.yaml charts/pretrain-operator/files/crds/
+	$(BIN)/python -m pretrain_docs
 
 up: setup ## A Kubernetes cluster on this machine, with our images and the operator
 	@$(BIN)/python -m pretrain_demo --up

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pretrain_devcluster.layout import Layout
 
 Render = Callable[..., list[dict[str, Any]]]
 KUBERNETES = "1.34.0"
+APT = {"DEBIAN_FRONTEND": "noninteractive"}
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +60,25 @@ def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
         return [document for document in yaml.safe_load_all(outcome.stdout) if document]
 
     return objects
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """Prometheus' own checker: the one on PATH, or else that of Debian's package, unpacked only.
+
+    Installing the package would start a Prometheus on some machines.
+    """
+    if found := shutil.which("promtool"):
+        return found
+    folder = Layout.default().root / "prometheus"
+    program = folder / "usr" / "bin" / "promtool"
+    if not program.exists():
+        with tempfile.TemporaryDirectory() as download:
+            words = ["apt-get", "download", "--quiet", "prometheus"]
+            subprocess.run(words, cwd=download, check=True, env=os.environ | APT)
+            [package] = Path(download).glob("prometheus_*.deb")
+            fresh = Path(download) / "unpacked"
+            subprocess.run(["dpkg-deb", "--extract", package, fresh], check=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.move(fresh, folder)
+    return str(program)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pretrain_api import names
+from pretrain_operator import smoketest
 from pretrain_operator.cluster import Kind
 from pretrain_operator.settings import load
 
@@ -64,6 +65,18 @@ def rules(objects: Objects) -> Iterator[dict[str, Any]]:
             yield from each["rules"]
 
 
+def rules_of_the_operator(objects: Objects) -> Iterator[dict[str, Any]]:
+    """Rules of the roles that its account is bound to."""
+    account = of_kind(objects, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"]
+    bindings = (each for each in objects if each["kind"] in {"RoleBinding", "ClusterRoleBinding"})
+    roles = {
+        (each["roleRef"]["kind"], each["roleRef"]["name"])
+        for each in bindings
+        if account in [subject["name"] for subject in each["subjects"]]
+    }
+    return rules([o for o in objects if (o["kind"], o["metadata"]["name"]) in roles])
+
+
 def lease_role(objects: Objects) -> dict[str, Any]:
     [found] = [each for each in objects if each["kind"] == "Role" and "lease" in str(each["rules"])]
     return found
@@ -91,7 +104,7 @@ def test_rights_are_spelled_out_and_no_secret_is_readable(
 def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
     granted = {
         (resource, verb)
-        for rule in rules(render())
+        for rule in rules_of_the_operator(render())
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
@@ -107,18 +120,60 @@ def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
     assert granted == needed
 
 
+def test_kubernetes_own_roles_reach_jobs(render: Render) -> None:
+    objects = render()
+    roles = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ClusterRole"}
+    viewer, editor = roles["pretrain-operator-viewer"], roles["pretrain-operator-editor"]
+    into = "rbac.authorization.k8s.io/aggregate-to-"
+    assert {label for label in viewer["metadata"]["labels"] if label.startswith(into)} == {
+        f"{into}view", f"{into}edit", f"{into}admin"
+    }  # fmt: skip
+    assert f"{into}view" not in editor["metadata"]["labels"]
+    seen = {verb for rule in viewer["rules"] for verb in rule["verbs"]}
+    assert seen == {"get", "list", "watch"}
+    changed = {resource for rule in editor["rules"] for resource in rule["resources"]}
+    assert "pretrainjobs/status" not in changed  # the operator's own memory
+    for off in ({"crds": {"aggregateRoles": False}}, {"crds": {"enabled": False}}):
+        kinds = [each for each in render(off) if "aggregate-to" in str(each["metadata"])]
+        assert kinds == []
+
+
+@pytest.mark.parametrize("spaces", [[], ["team-a", "team-b"]])
+def test_the_smoke_test_may_train_where_jobs_are_served_and_nothing_else(
+    render: Render, spaces: list[str]
+) -> None:
+    hooks = [each for each in render({"watchNamespaces": spaces}) if is_hook(each)]
+    pod, role = of_kind(hooks, "Pod"), of_kind(hooks, "Role")
+    where = spaces[0] if spaces else "pretrain-system"
+    assert f"--namespace={where}" in pod["spec"]["containers"][0]["args"]
+    assert role["metadata"]["namespace"] == where
+    assert role["rules"] == [
+        {"apiGroups": ["pretrain.dev"], "resources": ["pretrainjobs"],
+         "verbs": ["get", "create", "delete"]}
+    ]  # fmt: skip
+    deployment = of_kind(render(), "Deployment")["spec"]["template"]["spec"]
+    assert pod["spec"]["securityContext"] == deployment["securityContext"]
+    [ours], [theirs] = pod["spec"]["containers"], deployment["containers"]
+    assert ours["securityContext"] == theirs["securityContext"]
+    assert (ours["image"], ours["command"][-1]) == (theirs["image"], smoketest.__name__)
+
+
+def is_hook(each: dict[str, Any]) -> bool:
+    return "helm.sh/hook" in each["metadata"].get("annotations", {})
+
+
 def test_with_named_namespaces_nothing_is_granted_outside_them(render: Render) -> None:
     objects = render({"watchNamespaces": ["team-a", "team-b"], "crds": {"enabled": False}})
     kinds = {each["kind"] for each in objects}
     assert not {"ClusterRole", "ClusterRoleBinding"} & kinds
-    roles = [each for each in objects if each["kind"] == "RoleBinding"]
+    roles = [each for each in objects if each["kind"] == "RoleBinding" and not is_hook(each)]
     spaces = [each["metadata"]["namespace"] for each in roles]
     assert spaces == ["team-a", "team-b", "pretrain-system"]
     # In its own namespace nothing but the Lease, unless that one is served too.
     assert lease_role(objects)["metadata"]["namespace"] == "pretrain-system"
     served = render({"watchNamespaces": ["pretrain-system"], "crds": {"enabled": False}})
     names_of = [each["metadata"]["name"] for each in served if each["kind"] == "Role"]
-    assert len(set(names_of)) == 2
+    assert len(set(names_of)) == 3
 
 
 def test_the_operator_runs_under_the_restricted_profile(render: Render) -> None:
@@ -237,21 +292,3 @@ def test_a_mistake_in_the_values_is_refused(
     outcome = template(values)
     assert outcome.returncode != 0
     assert word in outcome.stderr
-
-
-def without_release(document: dict[str, Any]) -> dict[str, Any]:
-    """The object without labels that only Helm sets."""
-    if isinstance(document, list):
-        return [without_release(each) for each in document]  # type: ignore[return-value]
-    if not isinstance(document, dict):
-        return document
-    gone = {"app.kubernetes.io/instance", "app.kubernetes.io/version", "helm.sh/chart",
-            "app.kubernetes.io/managed-by"}  # fmt: skip
-    return {key: without_release(value) for key, value in document.items() if key not in gone}
-
-
-def test_the_kustomize_base_is_what_the_chart_renders(render: Render, repository: Path) -> None:
-    base = repository / "manifests" / "base" / "operator.yaml"
-    plain = [each for each in yaml.safe_load_all(base.read_text()) if each]
-    rendered = [without_release(each) for each in render({"crds": {"enabled": False}})]
-    assert plain == rendered
