@@ -11,7 +11,8 @@ CLUSTER ?= devcluster
 export CLUSTER CONTEXT REGISTRY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format generate up down constraints bench-recovery soak \
+.PHONY: help setup demo test unit lint format generate up down constraints bench-recovery \
+	bench-operator soak \
 	test-crash-points
 
 help: ## This list
@@ -57,6 +58,9 @@ down: setup ## Remove that cluster; caches stay
 # Both want the machine to themselves. ARGS="--repeats 20", ARGS="--faults 50 --seed 7" and so on.
 bench-recovery: setup ## Seconds that each fault costs, stage by stage, into docs/benchmarks.md (root)
 	@$(BIN)/python -m pretrain_bench.recovery --write $(ARGS)
+
+bench-operator: setup ## Pods per second, memory and requests for 200 jobs, beside the Job controller (root)
+	@$(BIN)/python -m pretrain_bench.scale.throughput --write $(ARGS)
 
 soak: setup ## 200 random faults at one job, whose end must be the one of an undisturbed run (root)
 	@$(BIN)/python -m pretrain_bench.soak $(ARGS)

@@ -44,6 +44,7 @@ class Client:
     host: str
     port: int
     tls: ssl.SSLContext = field(repr=False)
+    headers: dict[str, str] = field(default_factory=dict[str, str], repr=False)
 
     @classmethod
     def of(cls, kubeconfig: Path) -> Self:
@@ -60,6 +61,12 @@ class Client:
         host, _, port = cluster["server"].removeprefix("https://").partition(":")
         return cls(host, int(port or 443), tls)
 
+    @classmethod
+    def by_token(cls, url: str, tls: ssl.SSLContext, token: str) -> Self:
+        """Whoever a token belongs to."""
+        host, _, port = url.removeprefix("https://").partition(":")
+        return cls(host, int(port or 443), tls, {"Authorization": f"Bearer {token}"})
+
     def connect(self, timeout: float | None = TIMEOUT_SECONDS) -> http.client.HTTPSConnection:
         """A new connection; ``timeout`` in seconds is that of every read."""
         return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=self.tls)
@@ -71,7 +78,7 @@ class Client:
         text = None if body is None else json.dumps(body)
         with closing(self.connect()) as connection:
             try:
-                connection.request(method, path, text, {"Content-Type": kind})
+                connection.request(method, path, text, {"Content-Type": kind, **self.headers})
                 response = connection.getresponse()
                 answer = response.read().decode(errors="replace")
             except (OSError, http.client.HTTPException) as error:
@@ -91,7 +98,8 @@ class Client:
         """
         query = "&" if "?" in path else "?"
         try:
-            connection.request("GET", f"{path}{query}watch=1&allowWatchBookmarks=false")
+            target = f"{path}{query}watch=1&allowWatchBookmarks=false"
+            connection.request("GET", target, headers=self.headers)
             for line in connection.getresponse():
                 yield json.loads(line)
         except (OSError, ValueError, AttributeError, http.client.HTTPException):

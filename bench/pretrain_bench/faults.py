@@ -17,6 +17,7 @@ from pretrain_api import names
 from pretrain_bench import processes
 from pretrain_bench.client import ApiError, BenchError, pods_path
 from pretrain_bench.jobs import Jobs
+from pretrain_bench.memory import MemoryGroup
 from pretrain_demo.job import Snapshot
 from pretrain_devcluster import Cluster
 from pretrain_devcluster.shell import wait_until
@@ -160,6 +161,11 @@ def freeze_rank(scene: Scene) -> Injury:
     """SIGSTOP a rank; mending thaws it, if it is still there."""
     pid = rank_of(scene, scene.any_worker())
     return _hit(pid, signal.SIGSTOP, lambda: send(pid, signal.SIGCONT))
+
+
+def exhaust_memory(scene: Scene) -> Injury:
+    """Leave a worker's container without one more page of memory, so that the kernel kills."""
+    return Injury(MemoryGroup.of(rank_of(scene, scene.any_worker())).exhaust())
 
 
 def kill_fork_server(scene: Scene) -> Injury:
@@ -375,6 +381,7 @@ class Fault:
 CATALOGUE = (
     Fault("rank killed", kill_rank, 40, aim_seconds=2),
     Fault("rank frozen", freeze_rank, 6),
+    Fault("rank out of memory", exhaust_memory, 4, aim_seconds=2),
     Fault("fork server killed", kill_fork_server, 6, aim_seconds=10),
     Fault("worker killed", kill_follower, 14, aim_seconds=10),
     Fault("leader killed", kill_leader, 14, aim_seconds=10),

@@ -8,8 +8,9 @@
 
 Each module does one thing: `layout` knows names and addresses, `configs`, `addons` and `pki` what
 programs are told, `network`, `cgroups`, `sysctls` and `daemons` change the machine, `control` and
-`node` put these together, `images` builds, `cluster` is the whole. It needs nothing but Python, Go
-and Debian, so that it can run before anything of the project is installed.
+`node` put these together, `images` builds, `cluster` is the whole, and `controlplane` is a part of
+it for those who need no nodes. The package needs nothing but Python, Go and Debian, so that it can
+run before anything of the project is installed.
 """
 
 from pretrain_devcluster.cluster import Cluster

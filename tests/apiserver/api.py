@@ -9,8 +9,7 @@ from urllib.parse import urlencode
 import aiohttp
 
 from pretrain_api import names
-
-from .controlplane import ControlPlane
+from pretrain_devcluster.controlplane import ControlPlane
 
 Body = dict[str, Any]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from pretrain_devcluster.controlplane import ControlPlane, control_plane
+
 from .api import Api
-from .controlplane import ControlPlane, control_plane
 from .crashpoints import Findings
 from .lab import NewLab, install, lab
 from .operators import ForkServer

@@ -13,9 +13,9 @@ import yaml
 
 from pretrain_api import names
 from pretrain_api.status import JobStatus
+from pretrain_devcluster.controlplane import ControlPlane
 
 from .api import EVENTS, JOBS, POLICIES, RBAC, Api, ApiError, Body
-from .controlplane import ControlPlane
 from .endstate import masked
 from .operators import ForkServer, Operator
 from .proxy import SERVICE_ACCOUNT, Proxy

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .controlplane import free_port, kubeconfig
+from pretrain_devcluster.controlplane import free_port, kubeconfig
+
 from .proxy import Proxy
 
 PREFIX = "PRETRAIN_OPERATOR_"

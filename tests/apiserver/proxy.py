@@ -16,8 +16,9 @@ from typing import Self
 import aiohttp
 from aiohttp import web
 
+from pretrain_devcluster.controlplane import ControlPlane
+
 from .api import Body
-from .controlplane import ControlPlane
 
 SERVICE_ACCOUNT = "system:serviceaccount:pretrain-system:pretrain-operator"
 GROUPS = ("system:serviceaccounts", "system:authenticated")

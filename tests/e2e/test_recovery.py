@@ -81,7 +81,7 @@ def resume(scene: Storm) -> Snapshot:
     return training(scene)
 
 
-@pytest.mark.parametrize("name", ["rank killed", "rank frozen", "fork server killed"])
+@pytest.mark.parametrize("name", ["rank frozen", "fork server killed"])
 def test_ranks_start_again_in_their_pods(storm: Storm, name: str) -> None:
     training(storm)
     pods = {faults.uid(pod) for pod in storm.running()}
@@ -90,6 +90,17 @@ def test_ranks_start_again_in_their_pods(storm: Storm, name: str) -> None:
     assert after.generation == before.generation
     assert {faults.uid(pod) for pod in storm.running()} == pods
     storm.note(name, before.step)
+
+
+def test_a_rank_out_of_memory_is_told_apart_from_a_killed_one(storm: Storm) -> None:
+    said: list[str] = []
+    for name in ("rank out of memory", "rank killed"):
+        training(storm)
+        before, _, after = strike(storm, fault(name))
+        assert after.generation == before.generation
+        said.append(after.leader.last_failure.reason)
+        storm.note(name, before.step)
+    assert said == ["OOMKilled", "RankFailed"]
 
 
 def test_a_frozen_rank_is_named_with_its_stack(storm: Storm) -> None:

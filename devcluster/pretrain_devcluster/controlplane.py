@@ -1,8 +1,9 @@
-"""A Kubernetes control plane of this test session's own: database, API server, two controllers.
+"""A Kubernetes control plane alone: database, API server, and the controllers that are asked for.
 
-The same programs as the devcluster's, but without nodes, and apart from it: an operator installed
-there watches all namespaces and would take part in what is tested here. Garbage collection and the
-end of namespaces are the only controllers, so that nothing else has an opinion about pods.
+The same programs as the cluster's, but without nodes, on the loopback, and apart from it: an
+operator installed there watches all namespaces and would take part in what is tried here. By
+default garbage collection and the end of namespaces are the only controllers, so that nothing else
+has an opinion about pods.
 """
 
 import json
@@ -15,19 +16,23 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pretrain_devcluster import binaries, preflight
 from pretrain_devcluster.cluster import locked
 from pretrain_devcluster.layout import Layout
-from pretrain_devcluster.shell import Progress
+from pretrain_devcluster.shell import DevclusterError, Progress
 
-ADMIN_TOKEN = "admin-of-this-test-session"
+ADMIN_TOKEN = "admin-of-this-session"
+CONTROLLERS = ("garbage-collector-controller", "namespace-controller")
+CLIENTS = ("kube-controller-manager", "kube-scheduler")  # programs, and the names of their users
 START_SECONDS = 120  # on two cores that others use as well
 STOP_SECONDS = 20
+
+Started = dict[str, subprocess.Popen[bytes]]  # processes by program
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class ControlPlane:
     url: str
     authority: Path
     token: str = ADMIN_TOKEN
+    pids: dict[str, int] = field(default_factory=dict)  # process ids by program
 
     def tls(self) -> ssl.SSLContext:
         """Trusts this API server alone."""
@@ -44,19 +50,44 @@ class ControlPlane:
 
 
 @contextmanager
-def control_plane() -> Iterator[ControlPlane]:
-    """A control plane for as long as the context lasts. Builds its programs if there are none."""
+def control_plane(
+    controllers: Sequence[str] = CONTROLLERS,
+    *,
+    users: Sequence[str] = (),
+    requests_per_second: int = 20,
+    scheduler: bool = False,
+) -> Iterator[ControlPlane]:
+    """A control plane for as long as the context lasts. Builds its programs if there are none.
+
+    Args:
+        controllers: those of the controller manager that run.
+        users: names of more administrators; each one's token is its name.
+        requests_per_second: what controllers and scheduler may ask of the API server.
+        scheduler: whether one runs.
+
+    Raises:
+        DevclusterError: it does not start, or can't be built.
+    """
     layout, progress = Layout.default(), Progress()
     with locked(layout, progress):
         preflight.install_packages(progress)
         programs = binaries.ensure(layout, progress)
     folder = Path(tempfile.mkdtemp(prefix="pretrain-apiserver-"))
-    started: list[subprocess.Popen[bytes]] = []
+    started: Started = {}
     try:
-        yield _start(programs, folder, started)
+        plane = _start(programs, folder, [*users, *CLIENTS], started)
+        for user in CLIENTS:
+            (folder / user).write_text(kubeconfig(plane.url, user, plane.authority))
+        manager = (f"--controllers={','.join(controllers)}", "--secure-port=0")
+        for program, flags in {"kube-controller-manager": manager, "kube-scheduler": ()}.items():
+            if scheduler or program != "kube-scheduler":
+                asking = _client_flags(folder / program, requests_per_second)
+                _spawn(programs, folder, started, program, *asking, *flags)
+        plane.pids.update((program, process.pid) for program, process in started.items())
+        yield plane
     finally:
-        for process in reversed(started):  # the database last
-            process.send_signal(signal.SIGKILL if process is started[0] else signal.SIGTERM)
+        for program, process in reversed(started.items()):  # the database last
+            process.send_signal(signal.SIGKILL if program == "etcd" else signal.SIGTERM)
             try:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -65,30 +96,42 @@ def control_plane() -> Iterator[ControlPlane]:
         shutil.rmtree(folder)
 
 
+def _spawn(
+    programs: binaries.Binaries,
+    folder: Path,
+    started: Started,
+    program: str,
+    *flags: str,
+) -> None:
+    with (folder / f"{program}.log").open("wb") as log:
+        # The kernel ends them with this process, however that ends.
+        argv = ["setpriv", "--pdeathsig", "KILL", programs.kube(program), *flags]
+        started[program] = subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder)
+
+
 def _start(
-    programs: binaries.Binaries, folder: Path, started: list[subprocess.Popen[bytes]]
+    programs: binaries.Binaries,
+    folder: Path,
+    users: Sequence[str],
+    started: Started,
 ) -> ControlPlane:
     database, peers, port = free_port(), free_port(), free_port()
     plane = ControlPlane(f"https://127.0.0.1:{port}", folder / "certificates" / "apiserver.crt")
-    key, tokens, config = folder / "sa.key", folder / "tokens.csv", folder / "kubeconfig"
+    key, tokens = folder / "sa.key", folder / "tokens.csv"
     subprocess.run(
         ["openssl", "genrsa", "-out", key, "2048"], check=True, stderr=subprocess.DEVNULL
     )
-    tokens.write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n")
-
-    def start(program: str, *flags: str) -> None:
-        with (folder / f"{program}.log").open("wb") as log:
-            # The kernel ends them with the test session, however that ends.
-            argv = ["setpriv", "--pdeathsig", "KILL", programs.kube(program), *flags]
-            started.append(subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder))
-
-    start(
+    named = {ADMIN_TOKEN: "admin"} | {user: user for user in users}
+    tokens.write_text("".join(f"{t},{user},{user},system:masters\n" for t, user in named.items()))
+    _spawn(
+        programs, folder, started,
         "etcd", f"--data-dir={folder}/etcd", "--unsafe-no-fsync", "--log-level=warn",
         f"--listen-client-urls=http://127.0.0.1:{database}",
         f"--advertise-client-urls=http://127.0.0.1:{database}",
         f"--listen-peer-urls=http://127.0.0.1:{peers}",
     )  # fmt: skip
-    start(
+    _spawn(
+        programs, folder, started,
         "kube-apiserver", f"--etcd-servers=http://127.0.0.1:{database}",
         "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", f"--secure-port={port}",
         f"--cert-dir={plane.authority.parent}", "--service-cluster-ip-range=10.250.0.0/24",
@@ -99,19 +142,23 @@ def _start(
         f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}",
     )  # fmt: skip
     _wait_ready(plane, started, folder)
-    config.write_text(kubeconfig(plane.url, ADMIN_TOKEN, plane.authority))
-    start(
-        "kube-controller-manager", f"--kubeconfig={config}", "--leader-elect=false",
-        "--controllers=garbage-collector-controller,namespace-controller", "--secure-port=0",
-    )  # fmt: skip
     return plane
 
 
-def _wait_ready(plane: ControlPlane, started: list[subprocess.Popen[bytes]], folder: Path) -> None:
+def _client_flags(config: Path, requests_per_second: int) -> list[str]:
+    return [
+        f"--kubeconfig={config}",
+        "--leader-elect=false",
+        f"--kube-api-qps={requests_per_second}",
+        f"--kube-api-burst={2 * requests_per_second}",
+    ]
+
+
+def _wait_ready(plane: ControlPlane, started: Started, folder: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     request = f"{plane.url}/readyz"
     while time.monotonic() < deadline:
-        if any(process.poll() is not None for process in started):
+        if any(process.poll() is not None for process in started.values()):
             break
         try:
             token = {"Authorization": f"Bearer {plane.token}"}
@@ -122,7 +169,7 @@ def _wait_ready(plane: ControlPlane, started: list[subprocess.Popen[bytes]], fol
         except (OSError, urllib.error.URLError):
             time.sleep(0.1)
     tails = [log.read_text(errors="replace")[-1500:] for log in sorted(folder.glob("*.log"))]
-    raise AssertionError("the control plane did not start:\n" + "\n---\n".join(tails))
+    raise DevclusterError("the control plane did not start:\n" + "\n---\n".join(tails))
 
 
 def kubeconfig(url: str, token: str, authority: Path | None = None) -> str:
