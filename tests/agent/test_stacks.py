@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,17 @@ guilty()
 HUNG = Hung(rank=9, phase=Phase.STEP, step=5, seconds=61, limit=60, state="S")
 
 
+def state(pid: int) -> str:
+    found = process.look_up(pid)
+    return found.state if found else ""
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+
+
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[Board]:
     """Three processes in our session: one that answers, one that is stopped, one without a handler;
@@ -49,10 +60,10 @@ def ranks(tmp_path: Path) -> Iterator[Board]:
         for number in range(3)
     ]
     try:
-        deadline = time.monotonic() + 60
-        while not all(beat.pid for beat in board.beats()[:3]):
-            assert time.monotonic() < deadline
+        wait_for(lambda: all(beat.pid for beat in board.beats()[:3]))
+        wait_for(lambda: {state(rank.pid) for rank in started} == {"S"})  # in guilty, all of them
         os.kill(started[1].pid, signal.SIGSTOP)
+        wait_for(lambda: state(started[1].pid) == "T")
         yield board
     finally:
         for rank in started:
@@ -80,6 +91,15 @@ def test_stacks_are_taken_where_there_are_any_and_nobody_is_hurt(
     assert again[0].count("in guilty") == 1
     other = asyncio.run(stacks.take(tmp_path, beats, session=1))
     assert other[0] == "the process is gone\n"
+
+
+def test_a_rank_that_is_stopped_just_after_it_was_looked_at(
+    ranks: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "_state", lambda beat, session: "")
+    taken = asyncio.run(stacks.take(tmp_path, ranks.beats()[:2], os.getsid(0)))
+    assert "in innocent" in taken[0]
+    assert taken[1].startswith("no stacks: the process is stopped (state T)")
 
 
 def test_the_rank_at_fault_is_reported_where_it_runs(ranks: Board, tmp_path: Path) -> None:

@@ -68,8 +68,7 @@ async def take(directory: Path, beats: Sequence[Beat], session: int) -> dict[int
     await _settle(asked, before)
     taken = {local: _read(path, before[local]) for local, path in asked.items()}
     return {
-        local: states[local] or taken[local] or _stuck(beats[local].pid, "the signal is ignored")
-        for local in states
+        local: states[local] or taken[local] or _unanswered(beats[local].pid) for local in states
     }
 
 
@@ -83,6 +82,12 @@ def _state(beat: Beat, session: int) -> str:
     if found.state in STATES:
         return _stuck(beat.pid, STATES[found.state])
     return "" if process.catches(beat.pid, SIGNAL) else _stuck(beat.pid, "no handler is installed")
+
+
+def _unanswered(pid: int) -> str:
+    """Why a rank that was asked said nothing: it may have been stopped, or have ended, since."""
+    found = process.look_up(pid)
+    return _stuck(pid, STATES.get(found.state if found else "", "the signal is ignored"))
 
 
 def _stuck(pid: int, why: str) -> str:
