@@ -55,6 +55,9 @@ def values_of(target: Target) -> list[str]:
 def test_helm_test_trains_a_tiny_job(target: Target) -> None:
     said = target.helm("test", RELEASE, IN_SYSTEM, "--timeout=5m")
     assert "Succeeded" in said
+    target.kubectl(
+        IN_SYSTEM, "wait", "pods", f"--selector={names.LABEL_JOB}", "--for=delete", "--timeout=90s"
+    )
     left = target.kubectl(IN_SYSTEM, "get", "ptj,serviceaccounts,roles,pods", "-o", "name")
     assert "-test" not in left
 
@@ -217,7 +220,10 @@ def test_two_releases_serve_their_own_namespaces(teams: dict[str, Jobs], jobs: J
         assert rights(served, account, team) == SERVED
         assert rights(served, account, other) == {}
         assert rights(served, account, "kube-system") == {}
-        events = served.kubectl("get", "events", "-o", "jsonpath={.items[*].reason}").split()
-        assert events.count("Created") == 1
+        told = served.kubectl(
+            "get", "events", f"--field-selector=involvedObject.kind={names.KIND}",
+            "-o", "jsonpath={.items[*].reason}",
+        )  # fmt: skip
+        assert told.split().count("Created") == 1
     assert jobs.read("nobodys").status.conditions == ()
     jobs.delete("nobodys")
