@@ -6,7 +6,9 @@ default garbage collection and the end of namespaces are the only controllers, s
 has an opinion about pods.
 """
 
+import contextlib
 import json
+import random
 import shutil
 import signal
 import socket
@@ -186,7 +188,19 @@ def kubeconfig(url: str, token: str, authority: Path | None = None) -> str:
     return json.dumps(body)
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port of the loopback that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
+    """A port that nobody uses now, and that this process gives out only once.
+
+    It is below those that the kernel gives to connections, so that none takes it before it is used.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, min(lowest, 32_768))
+        if port in _given:
+            continue
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            _given.add(port)
+            return port
