@@ -60,3 +60,13 @@ def test_the_readme_shows_an_example_that_is_shipped(repository: Path) -> None:
     jobs = [block for block in blocks if "kind: PretrainJob" in block]
     assert jobs
     assert [job for job in jobs if not any(job.strip() in example for example in examples)] == []
+
+
+def test_every_proof_in_the_docs_is_a_test_that_exists(repository: Path) -> None:
+    missing = []
+    for page in pages(repository):
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+            source = repository / file
+            if not source.exists() or f"def {name}(" not in source.read_text():
+                missing.append(f"{page.name}: {file}::{name}")
+    assert missing == []
