@@ -102,7 +102,10 @@ LEADER_DELETED = Workflow(
     pods=3,
     restarts={"PodDeleted": 1},
     attempts=("PodDeleted",),
-    blurred=frozenset({"step", "startStep", "checkpointStep", "lostSeconds", "exitCode"}),
+    # An operator that is back only after the pod is gone doesn't know what that left behind.
+    blurred=frozenset(
+        {"step", "startStep", "checkpointStep", "lostSeconds", "exitCode", "message"}
+    ),
 )
 SUSPEND = Workflow(
     "suspend and resume",
