@@ -4,6 +4,7 @@ The kernel then kills a process of the container, as it does when a job was give
 Limits are changed in the control group itself, on cgroup v1 and v2; the cluster is not told.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pretrain_bench.client import BenchError
 from pretrain_devcluster.cgroups import machine_hierarchies
 
 STEP = 2**20  # bytes by which a limit is drawn tighter at a time
+FLOOR = 0.9  # of the anonymous memory; a rank has more than a tenth of it
 KILL_SECONDS = 60.0  # for a process to want one more page
 LOOK_SECONDS = 0.005
 
@@ -24,11 +26,13 @@ class MemoryGroup:
     Attributes:
         limit, usage, events: its files for the limit in bytes, for the bytes in use, and for how
             often the kernel has killed.
+        anonymous: what its statistics call memory that can't be written to disk, in bytes.
     """
 
     limit: Path
     usage: Path
     events: Path
+    anonymous: str
 
     @classmethod
     def of(cls, pid: int) -> Self:
@@ -39,16 +43,16 @@ class MemoryGroup:
             if "memory" in controllers.split(","):
                 folder = next(root for root in roots if root.name == "memory") / path.lstrip("/")
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control")
-                return cls(*(folder / name for name in names))
+                return cls(*(folder / name for name in names), anonymous="total_rss")
             if not controllers and len(roots) == 1:
                 folder = roots[0] / path.lstrip("/")
-                return cls(*(folder / f"memory.{name}" for name in ("max", "current", "events")))
+                names = ("memory.max", "memory.current", "memory.events")
+                return cls(*(folder / name for name in names), anonymous="anon")
         raise BenchError(f"process {pid} is in no memory control group")
 
     def kills(self) -> int:
         """How often the kernel has killed a process of the group."""
-        counts = dict(line.split() for line in self.events.read_text().splitlines())
-        return int(counts["oom_kill"])
+        return _number(self.events, "oom_kill")
 
     def exhaust(self) -> float:
         """Draw the limit tight until a process is killed, and put it back.
@@ -60,20 +64,25 @@ class MemoryGroup:
             BenchError: nothing was killed.
         """
         usual, before = self.limit.read_text(), self.kills()
+        # With one process killed there must be room for the others, however late that is seen.
+        floor = int(FLOOR * _number(self.limit.with_name("memory.stat"), self.anonymous))
         deadline = time.monotonic() + KILL_SECONDS
         try:
             while self.kills() == before:
                 if time.monotonic() > deadline:
                     raise BenchError(f"no process of {self.limit.parent} ran out of memory")
-                self._tighten()
+                self._tighten(floor)
                 time.sleep(LOOK_SECONDS)
             return time.time()
         finally:
             self.limit.write_text(usual.replace("9223372036854771712", "-1"))
 
-    def _tighten(self) -> None:
+    def _tighten(self, floor: int) -> None:
         """A little less than is used now. cgroup v1 refuses what can't be had without a kill."""
-        try:
-            self.limit.write_text(str(int(self.usage.read_text()) - STEP))
-        except OSError:
-            return
+        with contextlib.suppress(OSError):
+            self.limit.write_text(str(max(floor, int(self.usage.read_text()) - STEP)))
+
+
+def _number(file: Path, name: str) -> int:
+    """One of the counters in a file of a line each."""
+    return int(dict(line.split() for line in file.read_text().splitlines())[name])
