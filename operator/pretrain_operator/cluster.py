@@ -184,16 +184,17 @@ class HttpCluster:
     async def list_metadata(self, kind: Kind, namespace: str, selector: str = "") -> list[Body]:
         """Names, UIDs, labels and versions of all objects; of every namespace if it is empty.
 
-        From the API server's cache: cheap, and behind by no more than a watch is.
+        From the API server's cache: cheap, and behind by no more than a watch is. Where there is
+        nothing to list, it may say null.
         """
         query = {"resourceVersion": "0"} | ({"labelSelector": selector} if selector else {})
         path = f"{_path(kind, namespace)}?{urlencode(query)}"
-        return (await self._call("GET", path, accept=METADATA_ONLY))["items"]
+        return (await self._call("GET", path, accept=METADATA_ONLY)).get("items") or []
 
     async def list(self, kind: Kind, namespace: str, selector: str) -> list[Body]:
         """All objects that match a label selector; for tests and tools."""
         query = "?" + urlencode({"labelSelector": selector})
-        return (await self._call("GET", _path(kind, namespace) + query))["items"]
+        return (await self._call("GET", _path(kind, namespace) + query)).get("items") or []
 
     async def serves_jobs(self) -> bool:
         """Whether the CustomResourceDefinition is there and established."""
@@ -201,7 +202,7 @@ class HttpCluster:
             found = await self._call("GET", f"/apis/{names.API_VERSION}")
         except NotFoundError:
             return False
-        return any(item["name"] == names.PLURAL for item in found["resources"])
+        return any(item["name"] == names.PLURAL for item in found.get("resources") or ())
 
     async def create(self, kind: Kind, namespace: str, body: Body) -> Body:
         """See Cluster."""

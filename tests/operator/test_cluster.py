@@ -187,6 +187,16 @@ async def test_only_metadata_is_asked_for_where_that_is_enough(
     assert server.sent["gracePeriodSeconds"] == 0
 
 
+@pytest.mark.parametrize("body", [{"items": None}, {"items": []}, {}])
+async def test_a_list_of_nothing_is_empty(
+    client: HttpCluster, server: Recorder, body: dict[str, Any]
+) -> None:
+    """The API server writes null for a list of metadata that has never had an item."""
+    server.body = body
+    assert await client.list_metadata(Kind.POD, "team") == []
+    assert await client.list(Kind.POD, "team", "app=x") == []
+
+
 async def test_nobody_there(tmp_path: Path) -> None:
     kubeconfig = tmp_path / "kubeconfig"
     with pytest.raises(ClusterError, match="no way to reach a cluster"):
