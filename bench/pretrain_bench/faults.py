@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pretrain_api import names
@@ -164,8 +165,11 @@ def freeze_rank(scene: Scene) -> Injury:
 
 
 def exhaust_memory(scene: Scene) -> Injury:
-    """Leave a worker's container without one more page of memory, so that the kernel kills."""
-    return Injury(MemoryGroup.of(rank_of(scene, scene.any_worker())).exhaust())
+    """Leave a worker's container without one more page of memory; the kernel kills a rank."""
+    pid = rank_of(scene, scene.any_worker())
+    # The largest process would be chosen, and a fork server may be as large as its ranks.
+    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+    return Injury(MemoryGroup.of(pid).exhaust())
 
 
 def kill_fork_server(scene: Scene) -> Injury:

@@ -6,7 +6,14 @@ import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from pretrain_agent import cgroup, rank, termination
-from pretrain_agent.failures import TAIL_BYTES, blame, shell_code, signal_name, tail_text
+from pretrain_agent.failures import (
+    TAIL_BYTES,
+    blame,
+    of_launcher,
+    shell_code,
+    signal_name,
+    tail_text,
+)
 from pretrain_agent.meeting import PEER_LOST
 from pretrain_api.wire import (
     CheckpointReport,
@@ -90,6 +97,24 @@ def test_out_of_memory_is_told_apart_from_other_kills() -> None:
     failure = blame({0: -11}, {}, {}, 0, out_of_memory=True)
     assert failure is not None
     assert (failure.reason, failure.signal) == ("RankFailed", "SIGSEGV")
+
+
+@pytest.mark.parametrize(
+    ("code", "fault", "out_of_memory", "reason"),
+    [
+        (-9, "", True, "OOMKilled"),
+        (-9, "", False, "Launcher"),
+        (-9, "ranks could not be killed", True, "Launcher"),  # we did it ourselves
+        (1, "", True, "Launcher"),
+    ],
+)
+def test_the_kernel_may_choose_what_ranks_are_made_by(
+    code: int, fault: str, out_of_memory: bool, reason: str
+) -> None:
+    assert of_launcher(code, fault, [], out_of_memory).reason == reason
+    server = blame({0: 255}, {}, {}, 0, out_of_memory=out_of_memory)
+    assert server is not None
+    assert server.reason == ("OOMKilled" if out_of_memory else "Launcher")
 
 
 def test_words_without_text_or_code_are_completed_from_what_was_seen() -> None:

@@ -47,6 +47,8 @@ def _from_exit(code: int, tail: str, out_of_memory: bool) -> Failure:
     reason, message = "RankFailed", f"left with exit code {code} and no word"
     if code == FORK_SERVER_DIED:
         reason, message = "Launcher", "the fork server died"
+        if out_of_memory:
+            reason, message = "OOMKilled", "the fork server was killed by the kernel: out of memory"
     elif code == 0:
         message = "left with exit code 0 before the training was done"
     elif code < 0:
@@ -61,13 +63,19 @@ def _from_exit(code: int, tail: str, out_of_memory: bool) -> Failure:
     )
 
 
-def of_launcher(code: int, fault: str, tail: list[str]) -> Failure:
-    """The launcher ended, with this exit code, or was killed for a ``fault``."""
+def of_launcher(code: int, fault: str, tail: list[str], out_of_memory: bool) -> Failure:
+    """The launcher ended, with this exit code, or was killed for a ``fault``.
+
+    ``out_of_memory`` says whether the kernel has killed a process of the container since last time.
+    """
+    reason, ended = "Launcher", f"the launcher left with exit code {code}"
+    if out_of_memory and -code == signal.SIGKILL and not fault:
+        reason, ended = "OOMKilled", "the launcher was killed by the kernel: out of memory"
     return Failure(
         exit_code=1,
         signal=signal_name(-code) if code < 0 and not fault else None,
-        reason="Launcher",
-        message=fault or tail_text(tail) or f"the launcher left with exit code {code}",
+        reason=reason,
+        message=fault or tail_text(tail) or ended,
     )
 
 

@@ -431,7 +431,7 @@ class Supervisor:
 
     def _blame(self, exits: dict[int, int]) -> Failure | None:
         """The local cause. Last words count only if some rank ended by itself."""
-        kills, self._oom_kills = self._oom_kills, cgroup.oom_kills()
+        out_of_memory = self._ran_out_of_memory()
         if not exits:
             return None
         processes = range(self.settings.processes)
@@ -440,8 +440,13 @@ class Supervisor:
             self.board.failures(),
             {local: failures.tail_text(self.pump.tail(local)) for local in processes},
             (self.member.started_rank or 0) * self.settings.processes,
-            out_of_memory=self._oom_kills > kills,
+            out_of_memory=out_of_memory,
         )
+
+    def _ran_out_of_memory(self) -> bool:
+        """Whether the kernel has killed a process of this container since this was asked last."""
+        kills, self._oom_kills = self._oom_kills, cgroup.oom_kills()
+        return self._oom_kills > kills
 
     def _finish(self) -> None:
         """Our ranks are done. Wait for the others, but not for long: the work is saved."""
@@ -464,7 +469,8 @@ class Supervisor:
         if self.member.state is State.FINISHED:
             self._end(self._completion())
             return
-        failure = failures.of_launcher(code, self.launcher.fault, self.pump.tail(logs.LAUNCHER))
+        tail = self.pump.tail(logs.LAUNCHER)
+        failure = failures.of_launcher(code, self.launcher.fault, tail, self._ran_out_of_memory())
         leaving = self.orders.leaving
         self._end(termination.left(failure) if leaving else termination.failed(failure))
 
