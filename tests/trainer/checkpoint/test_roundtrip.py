@@ -181,3 +181,22 @@ def test_the_digest_names_the_algorithm_we_say():
     from pretrain_trainer.checkpoint.files import digest
 
     assert digest(b"x") == hashlib.blake2b(b"x", digest_size=32).hexdigest()
+
+
+def test_the_digest_of_a_checkpoint_does_not_depend_on_what_is_read_together(
+    manager, state, tmp_path, monkeypatch
+):
+    from pretrain_trainer.checkpoint import digest, tensors
+
+    reads = []
+    read = tensors.read
+    monkeypatch.setattr(tensors, "read", lambda *args: reads.append(args) or read(*args))
+    manager().save(10, state(10))
+    found = []
+    for size in (2**28, 64, 1):
+        monkeypatch.setattr(digest, "BATCH_BYTES", size)
+        reads.clear()
+        found.append((digest.digests(tmp_path / "checkpoint" / "step-10"), len(reads)))
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert found[0][1] == len(found[0][0])  # a section at a time
+    assert found[0][1] < found[2][1]

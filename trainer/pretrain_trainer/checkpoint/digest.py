@@ -3,9 +3,10 @@
 ``python -m pretrain_trainer.checkpoint.digest PATH [--section model]``
 
 Two runs ended alike if their final weights have the same digest, be they saved by one rank or by a
-hundred. So the digest is taken of logical tensors: each is put together from its parts, one at a
-time, and goes into its section's SHA-256 as name, dtype, shape and bytes, in the order of names. A
-section that is a single tensor is digested as its bare bytes.
+hundred. So the digest is taken of logical tensors: each is put together from its parts and goes
+into its section's SHA-256 as name, dtype, shape and bytes, in the order of names. A section that is
+a single tensor is digested as its bare bytes. Small tensors are read together, because each read
+verifies whole chunks of the files; one by one that would be gigabytes for a toy.
 
 PATH is a step folder, or a root whose newest good checkpoint is taken.
 """
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from .manifest import Manifest
 from .verify import newest_good
 
 MODEL = "model"
+BATCH_BYTES = 2**28  # of tensors in memory at a time, if none is larger
 
 
 def digests(path: Path, only: str | None = None) -> dict[str, str]:
@@ -63,24 +66,52 @@ def _sections(table: Metadata, model_only: bool) -> dict[str, dict[str, str]]:
 
 def _section(folder: Folder, promised: Manifest, table: Metadata, names: dict[str, str]) -> str:
     total = hashlib.sha256()
-    for inner, name in sorted(names.items()):
-        tensor = _logical(folder, promised, table, name)
-        if inner:
-            kind = [inner, str(tensor.dtype), list(tensor.shape)]
-            total.update(json.dumps(kind).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for batch in _batches(table, sorted(names.items())):
+        whole = _logical(folder, promised, table, [name for _, name in batch])
+        for inner, name in batch:
+            tensor = whole[name]
+            if inner:
+                kind = [inner, str(tensor.dtype), list(tensor.shape)]
+                total.update(json.dumps(kind).encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
-def _logical(folder: Folder, promised: Manifest, table: Metadata, name: str) -> torch.Tensor:
-    """One whole tensor, on the CPU."""
+def _batches(table: Metadata, names: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Neighbours that fit into :data:`BATCH_BYTES` together, or a single larger one."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for inner, name in names:
+        entry = _entry(table, name)
+        more = entry.size.numel() * entry.properties.dtype.itemsize
+        if batch and size + more > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append((inner, name))
+        size += more
+    if batch:
+        yield batch
+
+
+def _entry(table: Metadata, name: str) -> TensorStorageMetadata:
     entry = table.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata), "we save only tensors"
-    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-    planner, plan = planning.request({name: tensor}, table)
+    return entry
+
+
+def _logical(
+    folder: Folder, promised: Manifest, table: Metadata, names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Whole tensors, on the CPU."""
+    entries = {name: _entry(table, name) for name in names}
+    whole = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+    }
+    planner, plan = planning.request({**whole}, table)
     expected = {each.name: each.expected for each in promised.files}
     tensors.read(folder, expected, promised.chunk_bytes, table, plan, planner)
-    return tensor
+    return whole
 
 
 def main(arguments: list[str] | None = None) -> int:
