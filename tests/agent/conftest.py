@@ -4,13 +4,10 @@ A cold start takes most of a test's time, so supervisors that a test leaves aliv
 too, warm, in generations of its own.
 """
 
-import contextlib
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +29,7 @@ from pretrain_api.wire import (
     TerminationMessage,
     WorkerStatus,
 )
+from pretrain_devcluster.controlplane import free_port
 
 DEADLINE = 150.0  # a cold start takes 6 seconds alone and many times that on a busy machine
 POLL = 0.02
@@ -49,16 +47,6 @@ def until(condition: Callable[[], T], what: str, deadline: float = DEADLINE) -> 
         assert time.monotonic() < end, f"waited {deadline} s for {what}"
         time.sleep(POLL)
     return value
-
-
-def free_port() -> int:
-    """One that no connection or store picks before a supervisor binds it: those use higher ones."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            port = random.randrange(10_000, min(lowest, 32768))
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def environment(**extra: str) -> dict[str, str]:

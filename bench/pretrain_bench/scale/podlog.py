@@ -1,6 +1,7 @@
 """When each pod came and went, from one watch of all pods."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterable
@@ -41,7 +42,8 @@ class PodLog:
 
     def __exit__(self, *_: object) -> None:
         if self._connection.sock is not None:
-            self._connection.sock.close()
+            self._connection.sock.shutdown(socket.SHUT_RDWR)  # the thread is reading from it
+        self._thread.join()
         self._connection.close()
 
     def _follow(self) -> None:

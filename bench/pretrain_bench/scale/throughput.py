@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pretrain_api import names
 from pretrain_bench import machine, report
@@ -23,12 +26,14 @@ from pretrain_bench.scale.podlog import Life, PodLog
 from pretrain_demo.target import repository
 from pretrain_devcluster import DevclusterError
 from pretrain_devcluster.controlplane import CONTROLLERS, ControlPlane, control_plane, kubeconfig
+from pretrain_devcluster.shell import wait_until
 
 OPERATOR = "pretrain-operator"  # its user
 MANAGER = "kube-controller-manager"
 NAMESPACE = "many"
 PODS_PER_JOB = 8
 PATIENCE_SECONDS = 900.0
+LOOK_SECONDS = 0.05
 KILLED = 100  # pods at once, of as many jobs
 AT_ONCE = 8  # requests of ours under way
 QPS = 500
@@ -98,13 +103,9 @@ def shape(pod: Body) -> Body:
     return {key: value for key, value in pod["spec"].items() if key not in added}
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> float:
-    """Wait for it. Returns when it was so; raises BenchError if that never was."""
-    deadline = time.time() + seconds
-    while not condition():
-        if time.time() > deadline:
-            raise BenchError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.05)
+def until(condition: Callable[[], bool], what: str) -> float:
+    """Wait for it. Returns when it was so; raises DevclusterError if that never was."""
+    wait_until(condition, what, PATIENCE_SECONDS, LOOK_SECONDS)
     return time.time()
 
 
@@ -121,12 +122,12 @@ class Arena:
         return requests(self.client.request("GET", "/metrics"), user)
 
     def run(self, contender: Contender, count: int) -> Result:
-        """Create, kill and delete. Raises BenchError if something of it never happens."""
+        """Create, kill and delete. Raises DevclusterError if something of it never happens."""
         jobs = [f"{contender.name}-{number}" for number in range(count)]
         before = self.requests(contender.user)
         asked = self._create(contender, jobs)
         wanted = count * PODS_PER_JOB
-        until(lambda: self._running(jobs) >= wanted, f"{wanted} pods of {contender.name}")
+        until(lambda: self._running(jobs) >= wanted, f"{wanted} pods of {contender.name} run")
         made = self.pods.of(jobs)
         came = [life.came for lives in made.values() for life in lives]
         spent = self.requests(contender.user) - before
@@ -161,10 +162,8 @@ class Arena:
 
         A pretended node may yet delete a pod's successor by its name, so the grace is none.
         """
-        chosen = self.rng.sample(jobs, min(KILLED, len(jobs)))
-        before = {job: {life.name: life for life in self.pods.of([job])[job]} for job in chosen}
-        victims = {job: self.rng.choice([*before[job].values()]) for job in chosen}
-        counts = {job: len(self.pods.of([job])[job]) for job in chosen}
+        before = self.pods.of(self.rng.sample(jobs, min(KILLED, len(jobs))))
+        victims = {job: self.rng.choice(lives) for job, lives in before.items()}
 
         def kill(life: Life) -> float:
             at = time.time()
@@ -175,13 +174,14 @@ class Arena:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             killed = dict(zip(victims, pool.map(kill, victims.values()), strict=True))
         until(
-            lambda: all(len(self.pods.of([job])[job]) > counts[job] for job in chosen),
-            "a replacement of every killed pod",
+            lambda: all(
+                len(lives) > len(before[job]) for job, lives in self.pods.of(before).items()
+            ),
+            "every killed pod has a replacement",
         )
         return [
-            min(life.came for life in self.pods.of([job])[job] if life.came > killed[job])
-            - killed[job]
-            for job in chosen
+            min(life.came for life in lives if life.came > killed[job]) - killed[job]
+            for job, lives in self.pods.of(before).items()
         ]
 
     def _delete(self, contender: Contender, jobs: Sequence[str]) -> float:
@@ -190,7 +190,7 @@ class Arena:
         mine = set(jobs)
         gone = until(
             lambda: not any(life.job in mine for life in self.pods.present()),
-            f"no pod of {contender.name}",
+            f"no pod of {contender.name} is left",
         )
         return gone - at
 
@@ -221,8 +221,6 @@ def operator(plane: ControlPlane, folder: Path) -> Iterator[int]:
 
 def prepare(client: Client, client_folder: Path) -> None:
     """Definition, namespace, and counters for those whose requests are counted."""
-    import yaml
-
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     for file in client_folder.glob("*.yaml"):
         client.request("POST", path, yaml.safe_load(file.read_text()))
@@ -249,22 +247,17 @@ def compare(count: int, nodes: int) -> list[Result]:
             operator(plane, folder) as pid,
         ):
             arena = Arena(client, pods, random.Random(0))
-            shaped: Body = {}
-
-            def ours(job: str) -> Body:
-                return pretrain_job(job)
-
-            def theirs(job: str) -> Body:
-                return batch_job(job, shaped)
-
             group = f"/apis/{names.API_VERSION}/namespaces/{NAMESPACE}/{names.PLURAL}"
-            mine = Contender("operator", group, ours, OPERATOR, pid)
+            mine = Contender("operator", group, pretrain_job, OPERATOR, pid)
             # A first job, for the shape of its pods, and so that nothing is cold.
             client.request("POST", group, pretrain_job("first"))
-            until(lambda: len(pods.of(["first"])["first"]) == PODS_PER_JOB, "a first job")
-            shaped |= shape(client.get(f"/api/v1/namespaces/{NAMESPACE}/pods/first-0-1"))
+            until(
+                lambda: len(pods.of(["first"])["first"]) == PODS_PER_JOB, "a first job has its pods"
+            )
+            pod = shape(client.get(f"/api/v1/namespaces/{NAMESPACE}/pods/first-0-1"))
             results = [arena.run(mine, count)]
             batch = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+            theirs = partial(batch_job, pod=pod)
             manager = Contender("job-controller", batch, theirs, MANAGER, plane.pids[MANAGER])
             results.append(arena.run(manager, count))
             return results
