@@ -13,7 +13,7 @@ export CLUSTER CONTEXT REGISTRY
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test unit lint format generate up down constraints bench-recovery \
 	bench-operator soak \
-	test-crash-points
+	test-crash-points test-matrix
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-17s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ unit: setup ## The tests that need no cluster (T=path picks some)
 
 test-crash-points: setup ## The operator killed after every write of every workflow, as a table (about 20 minutes)
 	@PRETRAIN_TEST_CRASH_POINTS=all $(BIN)/python -m pytest tests/apiserver/test_crash_points.py
+
+test-matrix: setup ## Every layout against one process: numbers, resume, each other's checkpoints (about 15 minutes)
+	@PRETRAIN_TEST_MATRIX=all $(BIN)/python -m pytest tests/trainer/core/test_matrix.py $(ARGS)
 
 lint: setup ## Style, types, layers, generated files: what must be clean before a test is worth running
 	$(BIN)/ruff check .

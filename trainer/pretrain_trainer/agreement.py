@@ -37,12 +37,14 @@ class Count:
         return Order.SAVE if self.save else Order.NONE
 
 
-def count(valid_tokens: int, sample_hash: int, ended: bool, order: Order) -> Count:
-    """One rank's contribution."""
+def count(
+    valid_tokens: int, sample_hash: int, ended: bool, order: Order, *, samples: bool = True
+) -> Count:
+    """One rank's contribution; without ``samples`` only its order, as others count the rest."""
     return Count(
-        valid_tokens=valid_tokens,
-        sample_hash=sample_hash,
-        ended=int(ended),
+        valid_tokens=valid_tokens if samples else 0,
+        sample_hash=sample_hash if samples else 0,
+        ended=int(ended and samples),
         save=int(order == Order.SAVE),
         drain=int(order == Order.DRAIN),
         stop=int(order == Order.STOP),

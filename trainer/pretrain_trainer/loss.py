@@ -16,11 +16,11 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over valid positions, float32 scalar.
 
     Args:
-        logits: [batch, tokens, vocab_size]; taken to float32 here.
-        labels: int64 [batch, tokens]; IGNORED where there is no target.
+        logits: [..., vocab_size]; taken to float32 here.
+        labels: int64 [...]; IGNORED where there is no target.
     """
     return functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED
+        logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain_trainer.data.loader import Loader
 from pretrain_trainer.optim import optimizer_state
-from pretrain_trainer.parallel.mesh import gather_rows
+from pretrain_trainer.parallel.mesh import Mesh, gather_rows
 
 LEDGER_BYTES = 32  # of a SHA-256
 FINGERPRINT_BYTES = 4096  # fixed, because a checkpoint's shapes must be known before it is read
@@ -54,6 +54,7 @@ def state_tensors(
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     control: dist.ProcessGroup,
+    mesh: Mesh,
 ) -> dict[str, Any]:
     """Everything a checkpoint holds. Collective, in the control group.
 
@@ -64,7 +65,7 @@ def state_tensors(
         "optimizer": optimizer_state(model, optimizer),
         "lr_scheduler": {"step": torch.tensor(state.schedule_step)},
         "data_loader": {
-            "cursors": gather_rows(loader.cursors(), control),
+            "cursors": gather_rows(loader.cursors(), control, mesh),
             "fingerprint": _from_text(loader.fingerprint),
         },
         "train_state": {

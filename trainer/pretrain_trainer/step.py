@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from pretrain_api.config import Training
 from pretrain_api.wire import Order
@@ -22,11 +21,11 @@ from pretrain_trainer.loss import valid_tokens
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.optim import set_learning_rate
 from pretrain_trainer.parallel.fsdp import sync_gradients
+from pretrain_trainer.parallel.mesh import Mesh
+from pretrain_trainer.parallel.norm import total_norm
 from pretrain_trainer.state import TrainState
 
 MAX_SKIPPED = 10  # steps in a row without finite gradients before training is given up
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +34,10 @@ class Machine:
 
     model: LanguageModel
     optimizer: torch.optim.Optimizer
-    loss: Loss
     learning_rate: Callable[[int], float]  # of the step about to be taken, from 0
     loader: Loader
     device: torch.device
-    ranks: int  # that see different samples
+    mesh: Mesh
     control: dist.ProcessGroup  # in which ranks agree
 
 
@@ -90,15 +88,17 @@ def run_step(
     """
     batch = data.batch
     valid = sum(valid_tokens(microbatch.labels) for microbatch in batch.microbatches)
-    agreed = agree(count(valid, batch.sample_hash, batch.ended, order), machine.control)
-    ended = agreed.ended == machine.ranks
+    # Of the ranks that see the same samples one counts them; orders may reach any.
+    own = count(valid, batch.sample_hash, batch.ended, order, samples=machine.mesh.leads)
+    agreed = agree(own, machine.control)
+    ended = agreed.ended == machine.mesh.degrees.dp
     if ended and agreed.valid_tokens == 0:
         return None
 
     rate = machine.learning_rate(state.schedule_step)
     set_learning_rate(machine.optimizer, rate)
     loss = accumulate(machine, batch.microbatches, agreed.valid_tokens)
-    grad_norm = clip_gradients(machine.model, training.max_norm)
+    grad_norm = clip_gradients(machine.model, training.max_norm, machine.mesh)
     finite = math.isfinite(grad_norm)
     if finite:
         machine.optimizer.step()
@@ -126,22 +126,21 @@ def accumulate(machine: Machine, microbatches: list[Microbatch], step_tokens: in
         sync_gradients(machine.model, number == len(microbatches))
         tokens = microbatch.tokens.to(machine.device, non_blocking=True)
         labels = microbatch.labels.to(machine.device, non_blocking=True)
-        loss = machine.loss(machine.model(tokens), labels) / max(1, step_tokens)
+        loss = machine.model(tokens, labels=labels) / max(1, step_tokens)
         loss.backward()
         total += loss.detach()
-    return total
+    # Ranks that split matrices compute the same loss; one of them counts.
+    return total if machine.mesh.at.tp == 0 else torch.zeros_like(total)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> float:
     """Scale all gradients so that their total norm is at most ``max_norm``. Collective.
 
     Returns:
         The norm before; the same number on every rank.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = total_norm([p.grad for p in parameters if p.grad is not None], mesh)
     clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 

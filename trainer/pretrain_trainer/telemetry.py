@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pretrain_api.config import RunConfig
 from pretrain_api.wire import CheckpointReport, Progress, SkippedCheckpoint
 from pretrain_trainer.models.base import LanguageModel
+from pretrain_trainer.parallel.mesh import DP_SHARD, sizes
 from pretrain_trainer.state import TrainState
 from pretrain_trainer.step import StepReport
 from pretrain_trainer.world import World
@@ -159,7 +160,8 @@ def log_start(config: RunConfig, world: World, model: LanguageModel) -> None:
     plan = world.plan
     parameters = sum(p.numel() for p in model.parameters())
     tokens = plan.global_batch_size * config.training.seq_len
-    mesh = dict(zip(world.mesh.mesh_dim_names or (), world.mesh.shape, strict=True))
+    axes = sizes(world.mesh.degrees)._asdict()
+    mesh = {name: n for name, n in axes.items() if n > 1} or {DP_SHARD: 1}
     logger.info(
         "%s: %s %s, %s parameters, %s on %s, %s tokens per step (%d sequences of %d, "
         "%d accumulated), %d steps",

@@ -16,12 +16,10 @@ from pretrain_trainer.data.loader import build_loader
 from pretrain_trainer.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.init import initialise
-from pretrain_trainer.loss import cross_entropy_sum
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.models.registry import build_model
 from pretrain_trainer.optim import build_optimizer, reset_optimizer, schedule
 from pretrain_trainer.parallel.parallelize import parallelize
-from pretrain_trainer.precision.compile import compile_loss
 from pretrain_trainer.settings import Place
 from pretrain_trainer.state import TrainState, restore, state_tensors
 from pretrain_trainer.step import Machine, StepReport
@@ -113,7 +111,7 @@ class Trainer:
         Raises:
             BadInputError: checkpoints are disabled, or there is more than one process.
         """
-        if self.checkpoints is None or self.machine.ranks > 1:
+        if self.checkpoints is None or self.world.place.world_size > 1:
             raise BadInputError(
                 "checkpoint.create_seed_checkpoint: needs checkpoint.enable and a single process"
             )
@@ -127,7 +125,12 @@ class Trainer:
     def _tensors(self) -> dict[str, object]:
         machine = self.machine
         return state_tensors(
-            self.state, machine.model, machine.optimizer, machine.loader, machine.control
+            self.state,
+            machine.model,
+            machine.optimizer,
+            machine.loader,
+            machine.control,
+            machine.mesh,
         )
 
     def _check_complete(self, step: int) -> bool:
@@ -157,7 +160,7 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
     loader = build_loader(
         config,
         tokenizer,
-        dp_rank=world.data_rank,
+        dp_rank=world.mesh.data_rank,
         dp_degree=world.plan.dp_degree,
         alive=supervision.alive,
     )
@@ -172,11 +175,10 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
     machine = Machine(
         model=model,
         optimizer=optimizer,
-        loss=compile_loss(cross_entropy_sum, config.compile),
         learning_rate=lambda step: config.optimizer.lr * factor(step),
         loader=loader,
         device=world.device,
-        ranks=world.plan.dp_degree,
+        mesh=world.mesh,
         control=world.control,
     )
     telemetry = Telemetry(config, world, model, supervision.known_progress())

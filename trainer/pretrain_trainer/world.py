@@ -24,12 +24,11 @@ from torch.distributed import (
     HashStore,  # pyright: ignore[reportPrivateImportUsage]  # public, but not listed
     distributed_c10d,
 )
-from torch.distributed.device_mesh import DeviceMesh
 
 from pretrain_api.config import RunConfig
 from pretrain_api.mesh import BatchPlan, MeshError, batch_plan, resolve
 from pretrain_trainer.errors import BadInputError
-from pretrain_trainer.parallel.mesh import build_mesh, data_rank
+from pretrain_trainer.parallel.mesh import Mesh, build_mesh
 from pretrain_trainer.settings import Place
 
 GPU_FILES: Final = Path("/dev")
@@ -46,10 +45,9 @@ class World:
 
     place: Place
     device: torch.device
-    mesh: DeviceMesh
+    mesh: Mesh
     control: dist.ProcessGroup
     plan: BatchPlan
-    data_rank: int
 
 
 @contextmanager
@@ -80,7 +78,7 @@ def joined_world(config: RunConfig, place: Place) -> Iterator[World]:
     mesh = build_mesh(degrees, device)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     assert isinstance(control, dist.ProcessGroup), "every rank is a member"
-    yield World(place, device, mesh, control, plan, data_rank(mesh))
+    yield World(place, device, mesh, control, plan)
     dist.destroy_process_group()
 
 
@@ -157,5 +155,5 @@ def shorten_timeouts(world: World, seconds: int) -> None:
     """
     # Public since torch 2.15, deprecated under its old name there.
     change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-    for group in (dist.group.WORLD, *world.mesh.get_all_groups()):
+    for group in (dist.group.WORLD, *world.mesh.groups()):
         change(timedelta(seconds=seconds), group)

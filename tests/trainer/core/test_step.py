@@ -42,16 +42,18 @@ def poisoned_steps(config: RunConfig, poisoned: list[int]) -> dict[str, Any]:
         for number in range(1, config.training.steps + 1):
             bad = number in poisoned and place.rank == place.world_size - 1
 
-            def loss(logits: Any, labels: Any, bad: bool = bad) -> Any:
-                return cross_entropy_sum(logits, labels) * (math.inf if bad else 1.0)
+            def poison(model: Any, inputs: Any, loss: Any, bad: bool = bad) -> Any:
+                return loss * (math.inf if bad else 1.0)
 
-            object.__setattr__(machine, "loss", loss)  # a Machine is frozen for everybody else
+            hook = machine.model.register_forward_hook(poison)
             weight = trainer.machine.model.norm.weight
             before = weight.full_tensor().clone()  # pyright: ignore[reportCallIssue]  # a DTensor
             try:
                 report = take_step(trainer)
             except step_module.HopelessError as error:
                 return result | {"error": str(error), "step": state.step}
+            finally:
+                hook.remove()
             assert report is not None
             after = weight.full_tensor()  # pyright: ignore[reportCallIssue]
             result["changed"].append(not torch.equal(before, after))

@@ -15,6 +15,7 @@ Saved = Callable[[RunConfig, int], dict[str, Tensor]]
 
 HSDP = {"data_parallel_replicate_degree": 2}
 OFFLOAD = {"enable_cpu_offload": True}
+TP = {"tensor_parallel_degree": 2}
 
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "fsdp over 4": (4, {}),
@@ -26,6 +27,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "never reshard": (2, {"parallelism": {"fsdp_reshard_after_forward": "never"}}),
     "always reshard": (2, {"parallelism": {"fsdp_reshard_after_forward": "always"}}),
     "reshard over 2 of 4": (4, {"parallelism": {"fsdp_reshard_after_forward": 2}}),
+    "tp 2": (2, {"parallelism": TP}),
+    "tp 2, whole logits": (2, {"parallelism": TP | {"disable_loss_parallel": True}}),
+    "fsdp 2 x tp 2": (4, {"parallelism": TP}),
+    "hsdp 2 x tp 2": (4, {"parallelism": TP | HSDP}),
 }
 
 
@@ -78,6 +83,7 @@ RESUMED: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "fsdp over 2, accumulation of 2": (2, {}),
     "hsdp 2 x 2": (4, {"parallelism": HSDP}),
     "accumulation of 4": (1, {}),
+    "fsdp 2 x tp 2": (4, {"parallelism": TP}),
     "offload": (2, {"training": OFFLOAD}),
     "bfloat16, selective recomputation": (
         2,

@@ -28,7 +28,8 @@ class LanguageModel(nn.Module, ABC):
     """A decoder: an embedding, a dictionary of equal blocks, a norm and an output.
 
     The four attributes are the units in which parallelism, recomputation and compilation are put
-    on. A call takes int64 tokens [batch, tokens] and returns logits [batch, tokens, vocab_size].
+    on. A call takes int64 tokens [batch, tokens] and returns logits [batch, tokens, vocab_size], or
+    passes ``labels`` on to an output that makes a loss of them.
     """
 
     tok_embeddings: nn.Embedding

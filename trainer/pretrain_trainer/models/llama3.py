@@ -145,22 +145,28 @@ class Llama3(LanguageModel):
         table = torch.empty(seq_len, shape.head_dim // 2, 2, dtype=torch.float32)
         self.register_buffer("rope", table, persistent=False)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits of the next token.
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the next token, or their loss.
 
         Args:
             tokens: int64 [batch, tokens].
             positions: integer [batch, tokens]; None counts from 0 in every sequence.
+            labels: int64 [batch, tokens]; only where the output was taught to make the loss of
+                them (:func:`pretrain_trainer.head.fuse_loss`).
 
         Returns:
-            [batch, tokens, vocab_size] in the blocks' dtype.
+            [batch, tokens, vocab_size] in the blocks' dtype; with labels what the output makes of
+            them.
         """
         table = cast(Tensor, self.rope)
         rope = table[: tokens.shape[1]] if positions is None else table[positions]
         x = self.tok_embeddings(tokens)
         for block in self.layers.values():
             x = block(x, rope)
-        return self.output(self.norm(x))
+        x = self.norm(x)
+        return self.output(x) if labels is None else self.output(x, labels)
 
     def init_buffers(self) -> None:
         """Compute the rotary table, on whatever device it lies."""

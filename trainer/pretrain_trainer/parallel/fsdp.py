@@ -14,7 +14,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -25,16 +24,15 @@ from torch.distributed.fsdp import (
 
 from pretrain_api.config import RunConfig, Training
 from pretrain_trainer.models.base import LanguageModel
-from pretrain_trainer.parallel.mesh import DP_REPLICATE, DP_SHARD
+from pretrain_trainer.parallel.mesh import Mesh
 
 
-def shard(model: LanguageModel, config: RunConfig, mesh: DeviceMesh) -> None:
+def shard(model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
     """Shard ``model`` in place, from its blocks up."""
-    hybrid = mesh[DP_REPLICATE].size() > 1
     options = {
-        "mesh": mesh if hybrid else mesh[DP_SHARD],
+        "mesh": mesh.fsdp,
         "mp_policy": mixed_precision(config.training),
-        "offload_policy": offload(config.training, mesh.device_type),
+        "offload_policy": offload(config.training, mesh.dense.device_type),
     }
     reshard = reshard_after_forward(config.parallelism.fsdp_reshard_after_forward)
     fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)

@@ -1,0 +1,59 @@
+"""What ranks of the matrix do: train under observation, and copy checkpoints."""
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain_api.config import RunConfig
+from pretrain_api.wire import Order
+from pretrain_trainer import step as step_module
+from pretrain_trainer.alive import unwatched
+from pretrain_trainer.settings import Place
+from pretrain_trainer.supervision import Supervision
+from pretrain_trainer.trainer import build_trainer, open_checkpoints
+from pretrain_trainer.world import joined_world
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def watched_steps(config: RunConfig) -> tuple[dict[str, Array], list[float]]:
+    """Take all steps: the first one's gradients before clipping, whole; and this rank's losses."""
+    with joined_world(config, Place.from_environment(os.environ)) as world:
+        trainer = build_trainer(config, world, Supervision(world.place))
+        machine = trainer.machine
+        gradients: dict[str, Array] = {}
+        clip = step_module.clip_gradients
+
+        def look(model: Any, *rest: Any) -> float:
+            if trainer.state.step == 0:
+                for name, parameter in model.named_parameters():
+                    whole = getattr(parameter.grad, "full_tensor", lambda p=parameter: p.grad)()
+                    gradients[name] = whole.cpu().numpy().copy()
+            return clip(model, *rest)
+
+        losses = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_module, "clip_gradients", look)
+            for _ in range(config.training.steps):
+                data = step_module.fetch(machine.loader, unwatched)
+                report = step_module.run_step(
+                    machine, trainer.state, config.training, Order.NONE, data
+                )
+                assert report is not None
+                losses.append(float(report.loss))
+        machine.loader.close()
+        # Ranks that hold the same parameters would send the same again.
+        sends = world.mesh.at[1:] == (0, 0, 0, 0)
+        return gradients if sends else {}, losses
+
+
+def copy_checkpoint(config: RunConfig, target: RunConfig) -> None:
+    """Load the newest checkpoint into this layout, and save what is in memory elsewhere."""
+    with joined_world(config, Place.from_environment(os.environ)) as world:
+        trainer = build_trainer(config, world, Supervision(world.place))
+        trainer.resume()
+        trainer.checkpoints = open_checkpoints(target, world.place, {}, world.control)
+        trainer.save()
+        trainer.machine.loader.close()

@@ -1,0 +1,93 @@
+"""Tensor parallelism: every matrix of a block is split over ranks, and so is the stream between.
+
+A block's first products are split by column, so each rank computes some heads or some features of
+the feed-forward layer, and the last ones by row, so their results are parts of a sum. Between
+blocks the stream is split by position (sequence parallelism): summing the parts and splitting them
+is one reduce-scatter, and norms work on a rank's own positions only. Before the next products the
+positions are gathered. The embedding is split by vocabulary and feeds the stream in the same way;
+what the output does with its split is told in :mod:`pretrain_trainer.head`.
+
+Modules are found by their names, which are torchtitan's in every family.
+"""
+
+import warnings
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from pretrain_api.config import RunConfig
+from pretrain_trainer.errors import BadInputError
+from pretrain_trainer.models.base import LanguageModel
+
+POSITIONS = 1  # dimension of the stream, [batch, tokens, dim]
+
+COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3")
+ROWS = ("attention.wo", "feed_forward.w2")
+NORMS = ("attention_norm", "ffn_norm")
+
+
+def split(model: LanguageModel, config: RunConfig, tp: DeviceMesh) -> None:
+    """Split the matrices of ``model`` in place.
+
+    Raises:
+        BadInputError: asynchronous tensor parallelism is asked for where it can't be.
+    """
+    if config.parallelism.enable_async_tensor_parallel:
+        overlap(config, tp)
+    for block in model.layers.values():
+        parallelize_module(block, tp, block_plan())
+    outer: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=Shard(POSITIONS)
+        ),
+        "norm": SequenceParallel(),
+    }
+    parallelize_module(model, tp, outer)
+    # Only the weight: what is done with it is the head's business, in one piece with the loss.
+    weight = distribute_tensor(model.output.weight, tp, [Shard(0)])
+    model.output.weight = nn.Parameter(weight)
+    # About changing a unit's output in place, which nothing here does.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
+
+def block_plan() -> dict[str, ParallelStyle]:
+    """How each module of a block is split, by name."""
+    gathered = {"input_layouts": (Shard(POSITIONS),), "desired_input_layouts": (Replicate(),)}
+    return {
+        "attention": PrepareModuleInput(
+            input_layouts=(Shard(POSITIONS), None), desired_input_layouts=(Replicate(), None)
+        ),
+        "feed_forward": PrepareModuleInput(**gathered),
+        **{name: ColwiseParallel() for name in COLUMNS},
+        **{name: RowwiseParallel(output_layouts=Shard(POSITIONS)) for name in ROWS},
+        **{name: SequenceParallel() for name in NORMS},
+    }
+
+
+def overlap(config: RunConfig, tp: DeviceMesh) -> None:
+    """Let the compiler cut products into pieces that travel while the next is computed.
+
+    Raises:
+        BadInputError: without a GPU or without the compiler.
+    """
+    key = "parallelism.enable_async_tensor_parallel"
+    if tp.device_type != "cuda":
+        raise BadInputError(f"{key}: needs GPUs, because ranks write into each other's memory")
+    if not (config.compile.enable and "model" in config.compile.components):
+        raise BadInputError(
+            f"{key}: is the compiler's work; set compile.enable, with model in compile.components"
+        )
+    from torch._inductor import config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(tp.get_group().group_name)
