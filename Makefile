@@ -12,8 +12,7 @@ export CLUSTER CONTEXT REGISTRY
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test unit lint format generate up down constraints bench-recovery \
-	bench-operator soak \
-	test-crash-points test-matrix
+	bench-operator bench-gpu soak test-crash-points test-matrix
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-17s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +63,9 @@ bench-recovery: setup ## Seconds that each fault costs, stage by stage, into doc
 
 bench-operator: setup ## Pods per second, memory and requests for 200 jobs, beside the Job controller (root)
 	@$(BIN)/python -m pretrain_bench.scale.throughput --write $(ARGS)
+
+bench-gpu: setup ## Tokens per second, MFU and share of the roofline of Llama 3 8B on one GPU
+	@$(BIN)/python -m pretrain_trainer.bench.gpu $(ARGS)
 
 soak: setup ## 200 random faults at one job, whose end must be the one of an undisturbed run (root)
 	@$(BIN)/python -m pretrain_bench.soak $(ARGS)

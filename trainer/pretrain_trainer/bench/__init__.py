@@ -1,0 +1,1 @@
+"""What a GPU makes of a training step, beside what it could: ``make bench-gpu``."""
