@@ -14,7 +14,7 @@ from pretrain_bench.jobs import Jobs
 from pretrain_bench.trial import newest_start, passed, training
 from pretrain_demo.console import Console
 from pretrain_demo.install import RELEASE, SYSTEM_NAMESPACE, ensure_namespace, install
-from pretrain_demo.target import Target, repository
+from pretrain_demo.target import DemoError, Target, repository
 from pretrain_devcluster import Cluster
 
 pytestmark = pytest.mark.cluster
@@ -75,6 +75,29 @@ def test_an_upgrade_and_a_rollback_start_nothing_again(steady: Scene, target: Ta
     target.helm("rollback", RELEASE, IN_SYSTEM, "--wait", "--timeout=3m")
     assert faults.uid(steady.operator()) not in (operator, upgraded)
     assert same_run(steady) == before
+
+
+# Prints every program in the image: files that may be run, are for the processor, and no library.
+PROGRAMS = """
+import os
+for folder, _, names in os.walk("/"):
+    for path in (os.path.join(folder, name) for name in names):
+        if folder.startswith(("/proc", "/sys")) or ".so" in path or os.path.islink(path):
+            continue
+        if os.access(path, os.X_OK) and open(path, "rb").read(4) == b"\\x7fELF":
+            print(os.path.basename(path))
+"""
+
+
+def test_the_operators_image_has_no_program_but_python(target: Target) -> None:
+    inside = (IN_SYSTEM, "exec", f"deployment/{RELEASE}", "--")
+    programs = target.kubectl(*inside, "python", "-c", PROGRAMS).split()
+    assert len(programs) == 1
+    assert programs[0].startswith("python3.")
+    with pytest.raises(DemoError, match="executable file not found"):
+        target.kubectl(*inside, "sh", "-c", "true")
+    with pytest.raises(DemoError, match="No module named pip"):
+        target.kubectl(*inside, "/usr/bin/python3", "-m", "pip")
 
 
 SERVED = {
