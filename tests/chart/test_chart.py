@@ -39,6 +39,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "podAnnotations": {"example.com/a": "b"},
         "podLabels": {"team": "a"},
     },
+    "own class": {"priorityClass": {"create": True, "value": 2000}, "crds": {"enabled": False}},
     "plain": {
         "crds": {"enabled": False},
         "log": {"format": "text", "level": "DEBUG"},
@@ -225,6 +226,39 @@ def test_an_upgrade_overlaps_and_a_standby_is_somewhere_else(render: Render) -> 
     assert keys == ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable", "control"]
 
 
+@pytest.mark.parametrize(("replicas", "budgets"), [(0, 0), (1, 0), (2, 1), (5, 1)])
+def test_a_drain_takes_one_of_several_operators_and_waits_for_none_that_is_alone(
+    render: Render, replicas: int, budgets: int
+) -> None:
+    objects = render({"replicas": replicas})
+    found = [each["spec"] for each in objects if each["kind"] == "PodDisruptionBudget"]
+    assert len(found) == budgets
+    for budget in found:
+        assert budget["maxUnavailable"] == 1
+        assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+        assert budget["selector"] == of_kind(objects, "Deployment")["spec"]["selector"]
+
+
+def priority(objects: Objects) -> tuple[str | None, list[tuple[str, int]]]:
+    """The class of the operator's pods, and the classes that the chart makes."""
+    pod = of_kind(objects, "Deployment")["spec"]["template"]["spec"]
+    classes = [each for each in objects if each["kind"] == "PriorityClass"]
+    made = [(each["metadata"]["name"], each["value"]) for each in classes]
+    return pod.get("priorityClassName"), made
+
+
+def test_the_operator_has_the_priority_class_that_the_values_name_or_make(render: Render) -> None:
+    assert priority(render()) == (None, [])
+    assert priority(render({"priorityClassName": "high"})) == ("high", [])
+    own = {"create": True}
+    made = ("pretrain-operator", 1_000_000)
+    assert priority(render({"priorityClass": own})) == (made[0], [made])
+    named = own | {"name": "control", "value": -5}
+    assert priority(render({"priorityClass": named})) == ("control", [("control", -5)])
+    # Without its switch, the rest makes nothing.
+    assert priority(render({"priorityClass": named | {"create": False}})) == (None, [])
+
+
 def test_the_identity_is_that_of_the_pod(render: Render) -> None:
     [container] = of_kind(render(), "Deployment")["spec"]["template"]["spec"]["containers"]
     fields = {
@@ -284,6 +318,9 @@ def test_the_definition_is_the_generated_one(render: Render, repository: Path) -
         ({"ports": {"health": 80}}, "health"),
         ({"log": {"format": "xml"}}, "format"),
         ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
+        ({"priorityClass": {"value": 2_000_000_000}}, "value"),
+        ({"priorityClass": {"name": "Not_A_Name"}}, "name"),
+        ({"priorityClassName": "a", "priorityClass": {"create": True}}, "set one of them"),
     ],
 )
 def test_a_mistake_in_the_values_is_refused(

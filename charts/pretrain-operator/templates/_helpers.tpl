@@ -17,6 +17,17 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Class of the operator's pods: the release's own, one that is there already, or none. */}}
+{{- define "pretrain-operator.priorityClassName" -}}
+{{- if not .Values.priorityClass.create -}}
+{{- .Values.priorityClassName -}}
+{{- else if .Values.priorityClassName -}}
+{{- fail "priorityClassName names a class that exists, and priorityClass.create makes one; set one of them" -}}
+{{- else -}}
+{{- default (include "pretrain-operator.fullname" .) .Values.priorityClass.name -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "pretrain-operator.selectorLabels" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
