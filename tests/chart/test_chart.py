@@ -319,6 +319,7 @@ def test_the_definition_is_the_generated_one(render: Render, repository: Path) -
         ({"log": {"format": "xml"}}, "format"),
         ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
         ({"priorityClass": {"value": 2_000_000_000}}, "value"),
+        ({"priorityClass": {"create": True, "value": None}}, "value is needed"),
         ({"priorityClass": {"name": "Not_A_Name"}}, "name"),
         ({"priorityClassName": "a", "priorityClass": {"create": True}}, "set one of them"),
     ],
