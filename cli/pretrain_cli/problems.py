@@ -62,7 +62,8 @@ _BOUNDS = {
 # Rules of arithmetic read these; with one of them wrong they would only confuse.
 _ARITHMETIC = re.compile(
     r"(replicas|processes.?per.?worker|.*_?degree|(local|global).?batch.?size|data.?streams"
-    r"|workers|training|parallelism|.*reshard.?after.?forward)$",
+    r"|seq.?len|flavor|components|pipeline.?parallel.*|module.?fqns.*|enable.?async.?tensor.*"
+    r"|workers|training|parallelism|model|compile|.*reshard.?after.?forward)$",
     re.IGNORECASE,
 )
 _WANTED = re.compile(r"must be (?P<wanted>.*?), not (?P<rest>.*)$")

@@ -72,22 +72,10 @@ def _in_order(document: Document, problems: list[Problem]) -> list[Problem]:
 def _arithmetic(config: RunConfig) -> list[Problem]:
     """What can't come out even however many ranks there are."""
     try:
-        mesh.batch_plan(config, smallest_world(config))
+        mesh.batch_plan(config, mesh.smallest_world(config.parallelism))
     except mesh.MeshError as error:
         return [Problem(tuple(error.key.split(".")), error.message)]
     return []
-
-
-def smallest_world(config: RunConfig) -> int:
-    """The fewest ranks the degrees can fill: what doesn't fit there fits nowhere."""
-    degrees = config.parallelism
-    return (
-        degrees.data_parallel_replicate_degree
-        * max(1, degrees.data_parallel_shard_degree)
-        * degrees.tensor_parallel_degree
-        * degrees.pipeline_parallel_degree
-        * degrees.context_parallel_degree
-    )
 
 
 def _summary(document: Document, toml: bool) -> str:

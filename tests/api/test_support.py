@@ -64,9 +64,9 @@ def test_any_other_value_is_refused_by_name(entry: Unbuilt) -> None:
     ("path", "value", "sentence"),
     [
         (
-            "parallelism.tensor_parallel_degree",
-            8,
-            "8 is not supported yet; leave it at 1",
+            "fault_tolerance.enable",
+            True,
+            "true is not supported yet; leave it at false",
         ),
         (
             "checkpoint.async_mode",
@@ -97,7 +97,7 @@ def test_sentences(path: str, value: Any, sentence: str) -> None:
 
 
 def test_all_unbuilt_features_are_reported_at_once() -> None:
-    data = at("parallelism.tensor_parallel_degree", 2)
+    data = at("fault_tolerance.enable", True)
     data["checkpoint"] = {"async_mode": "async"}
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(data)
@@ -107,5 +107,5 @@ def test_all_unbuilt_features_are_reported_at_once() -> None:
 def test_refinements_of_unbuilt_features_are_accepted() -> None:
     RunConfig.model_validate(at("profiling.profile_freq", 100))
     RunConfig.model_validate(at("quantize.linear.float8.filter_fqns", ["output"]))
-    RunConfig.model_validate(at("parallelism.disable_loss_parallel", True))
-    assert "parallelism.disable_loss_parallel" in REFINEMENTS
+    RunConfig.model_validate(at("fault_tolerance.replica_id", 1))
+    assert "fault_tolerance.replica_id" in REFINEMENTS

@@ -92,12 +92,12 @@ def test_problems_of_the_file_are_told_with_its_lines(
     pretrain: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "c.toml").write_text(
-        '[training]\ndataset = "c4"\n[parallelism]\ntensor_parallel_degree = 8\n'
+        '[training]\ndataset = "c4"\n[fault_tolerance]\nenable = true\n'
     )
     outcome = pretrain("import", "c.toml")
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
-        "c.toml:4: parallelism.tensor_parallel_degree: 8 is not supported yet; leave it at 1\n"
+        "c.toml:4: fault_tolerance.enable: true is not supported yet; leave it at false\n"
     )
 
 

@@ -122,7 +122,7 @@ def test_help_shows_what_works_and_nothing_else() -> None:
     text = describe()
     assert "  --training.steps\n      Optimizer steps of the whole run" in text
     assert "(default: 10000)" in text
-    assert "tensor_parallel_degree" not in text
+    assert "fault_tolerance.enable" not in text
     assert "profile_freq" not in text
     assert "--training\n" not in text
     for line in text.splitlines():

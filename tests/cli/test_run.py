@@ -116,9 +116,9 @@ def test_one_process_per_visible_gpu(
         ("--training.steps ten", None, "--training.steps: must be a whole number, not 'ten'"),
         ("--training.seq_len 0", None, "--training.seq_len: must be at least 1, not 0"),
         (
-            "--parallelism.tensor_parallel_degree 2",
+            "--fault_tolerance.enable",
             None,
-            "--parallelism.tensor_parallel_degree: 2 is not supported yet; leave it at 1",
+            "--fault_tolerance.enable: true is not supported yet; leave it at false",
         ),
         (
             "--parallelism.data_parallel_shard_degree 4",

@@ -35,8 +35,8 @@ spec:
     localBatchSize: -2
     lr: 3e-4
     seqLen: "5"
+  faultTolerance: {enable: true}
   parallelism:
-    tensorParallelDegree: 2
     fsdpReshardAfterForward: sometimes
   checkpoint: {enable: yes, keepLatestK: 1}
   workers:
@@ -64,7 +64,7 @@ bad.yaml:14: spec.training.stepz: unknown key; did you mean steps?
 bad.yaml:15: spec.training.localBatchSize: must be at least 1, not -2
 bad.yaml:16: spec.training.lr: unknown key; did you mean spec.optimizer.lr?
 bad.yaml:17: spec.training.seqLen: must be a whole number, not '5'
-bad.yaml:19: spec.parallelism.tensorParallelDegree: 2 is not supported yet; leave it at 1
+bad.yaml:18: spec.faultTolerance.enable: true is not supported yet; leave it at false
 bad.yaml:20: spec.parallelism.fsdpReshardAfterForward: must be one of default, always, never or a \
 whole number, not 'sometimes'
 bad.yaml:21: spec.checkpoint.keepLatestK: 1 would leave nothing if the newest is damaged; use 0 \
@@ -156,6 +156,12 @@ def test_toml_of_the_documentation_is_valid(pretrain: Callable[..., Any], llama3
             "fsdp_reshard_after_forward = 3\n",
             "c.toml:5: parallelism.fsdp_reshard_after_forward: 3 doesn't divide the sharding "
             "degree 4; use one of 1, 2, 4",
+        ),
+        (
+            '[model]\nflavor = "8B"\n[training]\ndataset = "c4"\n[parallelism]\n'
+            "tensor_parallel_degree = 16\n",
+            "c.toml:6: parallelism.tensor_parallel_degree: 16 doesn't divide the 32 heads, 8 of "
+            "keys and values, and 14336 features of llama3 8B; use one of 1, 2, 4, 8",
         ),
         (
             '[training]\ndataset = "c4"\n[optimizer]\nlr = "fast"\n',
