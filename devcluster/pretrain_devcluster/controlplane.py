@@ -31,6 +31,7 @@ from pretrain_devcluster.shell import DevclusterError, Progress
 ADMIN_TOKEN = "admin-of-this-session"
 CONTROLLERS = ("garbage-collector-controller", "namespace-controller")
 CLIENTS = ("kube-controller-manager", "kube-scheduler")  # programs, and the names of their users
+GROUP = "administrators"  # of the users; nothing that is said of system:masters holds for them
 START_SECONDS = 120  # on two cores that others use as well
 STOP_SECONDS = 20
 
@@ -80,7 +81,7 @@ def control_plane(
         plane = _start(programs, folder, [*users, *CLIENTS], started)
         for user in CLIENTS:
             (folder / user).write_text(kubeconfig(plane.url, user, plane.authority))
-        manager = (f"--controllers={','.join(controllers)}", "--secure-port=0")
+        manager = (f"--controllers={','.join(controllers)}",)
         for program, flags in {"kube-controller-manager": manager, "kube-scheduler": ()}.items():
             if scheduler or program != "kube-scheduler":
                 asking = _client_flags(folder / program, requests_per_second)
@@ -123,8 +124,9 @@ def _start(
     subprocess.run(
         ["openssl", "genrsa", "-out", key, "2048"], check=True, stderr=subprocess.DEVNULL
     )
-    named = {ADMIN_TOKEN: "admin"} | {user: user for user in users}
-    tokens.write_text("".join(f"{t},{user},{user},system:masters\n" for t, user in named.items()))
+    tokens.write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n")
+    with tokens.open("a") as file:
+        file.writelines(f"{user},{user},{user},{GROUP}\n" for user in users)
     _spawn(
         programs, folder, started,
         "etcd", f"--data-dir={folder}/etcd", "--unsafe-no-fsync", "--log-level=warn",
@@ -144,13 +146,35 @@ def _start(
         f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}",
     )  # fmt: skip
     _wait_ready(plane, started, folder)
+    _let_in(plane)
     return plane
+
+
+def _let_in(plane: ControlPlane) -> None:
+    """Make administrators of the users' group."""
+    rules = "rbac.authorization.k8s.io"
+    binding = {
+        "metadata": {"name": GROUP},
+        "roleRef": {"apiGroup": rules, "kind": "ClusterRole", "name": "cluster-admin"},
+        "subjects": [{"apiGroup": rules, "kind": "Group", "name": GROUP}],
+    }
+    asked = urllib.request.Request(
+        f"{plane.url}/apis/{rules}/v1/clusterrolebindings",
+        json.dumps(binding).encode(),
+        {"Authorization": f"Bearer {plane.token}", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=20, context=plane.tls()):
+            return
+    except OSError as error:
+        raise DevclusterError(f"the users get no rights: {error}") from error
 
 
 def _client_flags(config: Path, requests_per_second: int) -> list[str]:
     return [
         f"--kubeconfig={config}",
         "--leader-elect=false",
+        "--secure-port=0",
         f"--kube-api-qps={requests_per_second}",
         f"--kube-api-burst={2 * requests_per_second}",
     ]

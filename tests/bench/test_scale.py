@@ -18,8 +18,8 @@ from pretrain_bench.scale.throughput import Result, pretrain_job, shape, tables
 METRICS = """\
 # TYPE apiserver_flowcontrol_dispatched_requests_total counter
 apiserver_flowcontrol_dispatched_requests_total{flow_schema="exempt",priority_level="exempt"} 9
-apiserver_flowcontrol_dispatched_requests_total{flow_schema="pretrain-operator",a="b"} 1.2e+03
-apiserver_flowcontrol_dispatched_requests_total{flow_schema="pretrain-operator-2",a="b"} 5
+apiserver_flowcontrol_dispatched_requests_total{flow_schema="of-pretrain-operator",a="b"} 1.2e+03
+apiserver_flowcontrol_dispatched_requests_total{flow_schema="of-pretrain-operator-2",a="b"} 5
 """
 WORD = '{"generation": 2, "rank": %d, "size": 8, "leader": "127.77.0.2:8477", "nonce": "n"}'
 

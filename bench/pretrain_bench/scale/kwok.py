@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain_bench.client import Client
+from pretrain_bench.client import MERGE_PATCH, Client
 from pretrain_devcluster.controlplane import ControlPlane, kubeconfig
 from pretrain_devcluster.layout import Layout
-from pretrain_devcluster.shell import Progress, run
+from pretrain_devcluster.shell import DevclusterError, Progress, run, wait_until
 
 VERSION = "v0.8.0"
 POD_RANGE = "127.77.0.1/16"  # of the loopback: workers are asked there and nowhere else
+STAGES = Path(__file__).with_name("stages.yaml")
+START_SECONDS = 60.0
 FAKE = {"kwok.x-k8s.io/node": "fake"}
 
 
@@ -29,22 +31,40 @@ def ensure(layout: Layout, progress: Progress) -> Path:
 
 @contextmanager
 def nodes(plane: ControlPlane, client: Client, count: int, folder: Path) -> Iterator[None]:
-    """So many ready nodes, with room for everything, for as long as the context lasts."""
+    """So many ready nodes, with room for everything, for as long as the context lasts.
+
+    Raises DevclusterError if they don't become ready.
+    """
     program = ensure(Layout.default(), Progress())
     config = folder / "kwok-kubeconfig"
     config.write_text(kubeconfig(plane.url, plane.token, plane.authority))
-    flags = (f"--kubeconfig={config}", "--manage-all-nodes=true", f"--cidr={POD_RANGE}",
-             "--node-lease-duration-seconds=40")  # fmt: skip
+    flags = (f"--kubeconfig={config}", f"--config={STAGES}", "--manage-all-nodes=true",
+             f"--cidr={POD_RANGE}", "--node-lease-duration-seconds=40")  # fmt: skip
     with (folder / "kwok.log").open("wb") as log:
         argv = ["setpriv", "--pdeathsig", "KILL", str(program), *flags]
         process = subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder)
     try:
         for number in range(count):
             client.request("POST", "/api/v1/nodes", _node(f"pretended-{number}"))
+        try:
+            wait_until(lambda: _all_ready(client), "pretended nodes are ready", START_SECONDS)
+        except DevclusterError as error:
+            words = (folder / "kwok.log").read_text(errors="replace")[-1500:]
+            raise DevclusterError(f"{error}; KWOK says:\n{words}") from error
+        for number in range(count):  # the API server taints a new node, and no controller is here
+            path = f"/api/v1/nodes/pretended-{number}"
+            client.request("PATCH", path, {"spec": {"taints": None}}, MERGE_PATCH)
         yield
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def _all_ready(client: Client) -> bool:
+    nodes = client.get("/api/v1/nodes")["items"]
+    ready = {"type": "Ready", "status": "True"}
+    told = (node["status"].get("conditions", ()) for node in nodes)
+    return all(any(ready.items() <= each.items() for each in conditions) for conditions in told)
 
 
 def _node(name: str) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""When each pod came and went, from one watch of all pods."""
+"""When each pod came and went, from one watch of all pods.
+
+The API server ends a watch that doesn't keep up; the next one goes on where it was.
+"""
 
 import json
 import socket
@@ -34,6 +37,7 @@ class PodLog:
         self.by_address: dict[str, Life] = {}
         self._client = client
         self._connection = client.connect(timeout=None)
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> "PodLog":
@@ -41,14 +45,20 @@ class PodLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ending.set()
         if self._connection.sock is not None:
             self._connection.sock.shutdown(socket.SHUT_RDWR)  # the thread is reading from it
         self._thread.join()
         self._connection.close()
 
     def _follow(self) -> None:
-        for event in self._client.events(self._connection, "/api/v1/pods"):
-            self._note(event["type"], event["object"], time.time())
+        version = ""
+        while not self._ending.is_set():
+            path = f"/api/v1/pods?resourceVersion={version}" if version else "/api/v1/pods"
+            for event in self._client.events(self._connection, path):
+                self._note(event["type"], event["object"], time.time())
+                version = event["object"]["metadata"]["resourceVersion"]
+            self._connection.close()
 
     def _note(self, kind: str, pod: dict[str, Any], now: float) -> None:
         meta = pod["metadata"]

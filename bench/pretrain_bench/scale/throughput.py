@@ -26,7 +26,7 @@ from pretrain_bench.scale.podlog import Life, PodLog
 from pretrain_demo.target import repository
 from pretrain_devcluster import DevclusterError
 from pretrain_devcluster.controlplane import CONTROLLERS, ControlPlane, control_plane, kubeconfig
-from pretrain_devcluster.shell import wait_until
+from pretrain_devcluster.shell import Progress, wait_until
 
 OPERATOR = "pretrain-operator"  # its user
 MANAGER = "kube-controller-manager"
@@ -116,6 +116,7 @@ class Arena:
     client: Client
     pods: PodLog
     rng: random.Random
+    progress: Progress
 
     def requests(self, user: str) -> int:
         """How many requests a user has made."""
@@ -123,7 +124,9 @@ class Arena:
 
     def run(self, contender: Contender, count: int) -> Result:
         """Create, kill and delete. Raises DevclusterError if something of it never happens."""
+        say = self.progress.say
         jobs = [f"{contender.name}-{number}" for number in range(count)]
+        say(f"{count} jobs of {contender.name}")
         before = self.requests(contender.user)
         asked = self._create(contender, jobs)
         wanted = count * PODS_PER_JOB
@@ -131,7 +134,9 @@ class Arena:
         made = self.pods.of(jobs)
         came = [life.came for lives in made.values() for life in lives]
         spent = self.requests(contender.user) - before
+        say("their pods run; killing some")
         replaced = self._kill(jobs)
+        say("replaced; deleting all")
         deleted = self._delete(contender, jobs)
         return Result(
             name=contender.name,
@@ -142,6 +147,18 @@ class Arena:
             deleted=deleted,
             usage=Usage.of(contender.pid),
         )
+
+    def first(self, contender: Contender) -> Body:
+        """A job that comes and goes, so that nothing is cold. Returns a pod of it.
+
+        The garbage collector too needs to have heard of a kind before it deletes what is owned.
+        """
+        self._create(contender, ["first"])
+        until(lambda: self._running(["first"]) == PODS_PER_JOB, "the pods of a first job run")
+        name = self.pods.of(["first"])["first"][0].name
+        pod = self.client.get(f"/api/v1/namespaces/{NAMESPACE}/pods/{name}")
+        self._delete(contender, ["first"])
+        return pod
 
     def _create(self, contender: Contender, jobs: Sequence[str]) -> dict[str, float]:
         def ask(job: str) -> float:
@@ -246,15 +263,10 @@ def compare(count: int, nodes: int) -> list[Result]:
             workers.answering(pods),
             operator(plane, folder) as pid,
         ):
-            arena = Arena(client, pods, random.Random(0))
+            arena = Arena(client, pods, random.Random(0), Progress())
             group = f"/apis/{names.API_VERSION}/namespaces/{NAMESPACE}/{names.PLURAL}"
             mine = Contender("operator", group, pretrain_job, OPERATOR, pid)
-            # A first job, for the shape of its pods, and so that nothing is cold.
-            client.request("POST", group, pretrain_job("first"))
-            until(
-                lambda: len(pods.of(["first"])["first"]) == PODS_PER_JOB, "a first job has its pods"
-            )
-            pod = shape(client.get(f"/api/v1/namespaces/{NAMESPACE}/pods/first-0-1"))
+            pod = shape(arena.first(mine))
             results = [arena.run(mine, count)]
             batch = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
             theirs = partial(batch_job, pod=pod)

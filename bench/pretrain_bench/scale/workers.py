@@ -4,11 +4,13 @@ It says what an agent would: a training world of the generation that the pod was
 after another. So the operator asks, and writes progress, as it does with real workers.
 """
 
+import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager, suppress
+from functools import partial
 
 from pretrain_api import names
 from pretrain_api.wire import Phase, Progress, Timeline, WorkerStatus
@@ -16,6 +18,7 @@ from pretrain_bench.scale.podlog import Life, PodLog
 
 STEP_SECONDS = 10.0
 STEPS = 1_000_000
+BACKLOG = 4096  # questions that may wait
 
 
 def status_of(life: Life, now: float) -> WorkerStatus:
@@ -42,30 +45,37 @@ def status_of(life: Life, now: float) -> WorkerStatus:
 
 @contextmanager
 def answering(pods: PodLog) -> Iterator[None]:
-    """Answer for all pods for as long as the context lasts. Raises OSError if the port is taken."""
+    """Answer for all pods for as long as the context lasts. Raises OSError if the port is taken.
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            life = pods.by_address.get(self.connection.getsockname()[0])
-            body = status_of(life, time.time()).model_dump_json().encode() if life else b""
-            self.send_response(200 if life else 503)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-            """Nothing: there would be thousands of lines."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", names.HTTP_PORT), Handler, bind_and_activate=False)
-    server.server_address = ("", names.HTTP_PORT)  # any address of the loopback
-    server.server_bind()
-    server.server_activate()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    One thread does: with one for each question, hundreds would keep the log from its watch.
+    """
+    listener = socket.socket()
+    # Any address of the loopback, and none of another interface.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("", names.HTTP_PORT))
+    loop = asyncio.new_event_loop()
+    serve = asyncio.start_server(partial(_answer, pods), sock=listener, backlog=BACKLOG)
+    server = loop.run_until_complete(serve)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        server.shutdown()
-        server.server_close()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        loop.close()
+
+
+async def _answer(pods: PodLog, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One question, whatever it is, and one answer."""
+    with suppress(OSError, asyncio.IncompleteReadError):  # who asked may not wait for it
+        await reader.readuntil(b"\r\n\r\n")
+        life = pods.by_address.get(writer.get_extra_info("sockname")[0])
+        body = status_of(life, time.time()).model_dump_json().encode() if life else b""
+        status = "200 OK" if life else "503 Service Unavailable"
+        kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+        writer.write(f"HTTP/1.1 {status}\r\n{kind}\r\nConnection: close\r\n\r\n".encode() + body)
+        writer.close()
+        await writer.wait_closed()
