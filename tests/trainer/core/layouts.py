@@ -39,6 +39,8 @@ def recompute(mode: str, option: str = "2") -> dict[str, dict[str, Any]]:
     return {"activation_checkpoint": {"mode": mode, "selective_ac_option": option}}
 
 
+COMPILE: dict[str, dict[str, Any]] = {"compile": {"enable": True}}
+
 LLAMA: dict[str, Cell] = {
     "fsdp 2": cell(2),
     "ddp 2": cell(2, replicate=2),
@@ -52,6 +54,11 @@ LLAMA: dict[str, Cell] = {
     "fsdp 2, selective ac": cell(2, sections=recompute("selective", "op")),
     "tp 2, full ac": cell(2, tp=2, sections=recompute("full")),
     "tp 2, selective ac": cell(2, tp=2, sections=recompute("selective", "op")),
+    "fsdp 2, compile": cell(2, sections=COMPILE),
+    "tp 2, compile": cell(2, tp=2, sections=COMPILE),
+    "fsdp 2 x tp 2, compile, selective ac": cell(
+        4, tp=2, sections=COMPILE | recompute("selective", "op")
+    ),
 }
 
 CHOSEN = ("fsdp 2", "hsdp 2x2", "fsdp 2 x tp 2")

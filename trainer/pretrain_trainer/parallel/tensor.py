@@ -11,8 +11,11 @@ Modules are found by their names, which are torchtitan's in every family.
 """
 
 import warnings
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -52,11 +55,31 @@ def split(model: LanguageModel, config: RunConfig, tp: DeviceMesh) -> None:
         "norm": SequenceParallel(),
     }
     parallelize_module(model, tp, outer)
+    model.tok_embeddings.register_forward_hook(_arrived)
     # Only the weight: what is done with it is the head's business, in one piece with the loss.
     weight = distribute_tensor(model.output.weight, tp, [Shard(0)])
     model.output.weight = nn.Parameter(weight)
     # About changing a unit's output in place, which nothing here does.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
+
+def _arrived(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """The stream, once its collective is done.
+
+    Torch hands out a tensor that waits when it is first used. A compiled block used as the first
+    loses the gradient of such an input (torch 2.15): the embedding would never learn.
+    """
+    return cast(Tensor, _Arrived.apply(output))
+
+
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 def block_plan() -> dict[str, ParallelStyle]:
