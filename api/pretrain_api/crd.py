@@ -6,11 +6,13 @@ The models are the truth and the YAML is committed, so that a change of either s
 Pydantic's JSON schema is not a structural schema: Kubernetes knows no references, no null branch,
 no numeric exclusive bounds and no names of properties. One recursive pass rewrites it. Defaults are
 left out but for the few the API server itself needs (a stored default would outlive the release
-that chose it); the description tells them instead, for ``kubectl explain``.
+that chose it); the description tells them instead, for ``kubectl explain``. It is read by people
+who write YAML, so keys are spelled as there, and what isn't built yet says so.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +27,14 @@ from pretrain_api.job import JobSpec
 from pretrain_api.pod import DNS_LABEL
 from pretrain_api.schema import Rule, Section, Transition, aliases
 from pretrain_api.status import JobStatus
+from pretrain_api.support import REFINEMENTS, UNBUILT, Unbuilt
 
 Schema = dict[str, Any]
 FILE = Path("manifests/base/crds") / f"{names.GROUP}_{names.PLURAL}.yaml"
 SIZE_LIMIT = 200_000  # bytes; client-side apply stores the object a second time, in an annotation
 
 _RULES = "x-kubernetes-validations"
+_SNAKE_CASE = re.compile(r"\b[a-z][\w.]*_[\w.]*\w")
 _KEPT = (
     "type", "description", "enum", "format", "pattern", "minimum", "maximum", "minLength",
     "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "required",
@@ -170,7 +174,7 @@ def _root() -> Schema:
                     }
                 },
             },
-            "spec": _structural_model(JobSpec),
+            "spec": _for_readers_of_yaml(_structural_model(JobSpec)),
             "status": _structural_model(JobStatus),
         },
     }
@@ -241,6 +245,44 @@ def _described(result: Schema, schema: Schema) -> Schema:
         text = " ".join(result["description"].split())
         result["description"] = text + (f" Default: {json.dumps(told)}." if told != "" else "")
     return result
+
+
+def _for_readers_of_yaml(spec: Schema) -> Schema:
+    """The spec's schema, with keys in descriptions spelled in camelCase and remarks on support."""
+    nodes = dict(_nodes(spec))
+    keys = {name for node in nodes.values() for name in node.get("properties", {})}
+    values = {word for node in nodes.values() for word in node.get("enum", ())}
+
+    def spelled(match: re.Match[str]) -> str:
+        path = aliases(match[0])
+        return ".".join(path) if match[0] not in values and keys.issuperset(path) else match[0]
+
+    remarks = {tuple(aliases(entry.path)): _support(entry) for entry in UNBUILT}
+    remarks |= {
+        tuple(aliases(path)): " Without effect: it refines what is not supported yet."
+        for path in REFINEMENTS
+    }
+    for path, node in nodes.items():
+        if "description" in node:
+            node["description"] = _SNAKE_CASE.sub(spelled, node["description"])
+            node["description"] += remarks.get(path, "")
+    return spec
+
+
+def _support(entry: Unbuilt) -> str:
+    """What a description adds for a key that must stay at its inactive value."""
+    is_off = any(entry.inactive[0] is value for value in (False, None)) or entry.inactive == ("",)
+    return " Not supported yet." if is_off else " Other values are not supported yet."
+
+
+def _nodes(schema: Schema, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Schema]]:
+    """Every schema in a schema, by the names on the way to it."""
+    yield path, schema
+    for name, inner in schema.get("properties", {}).items():
+        yield from _nodes(inner, (*path, name))
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            yield from _nodes(schema[key], (*path, key))
 
 
 def _rule(rule: Rule) -> Schema:

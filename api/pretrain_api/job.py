@@ -50,7 +50,7 @@ class Workers(Section):
     """The pods that train. Each runs processesPerWorker ranks."""
 
     replicas: Annotated[int, Field(ge=1, le=4096, json_schema_extra=_default(1))] = 1
-    """Number of workers. May change while the job runs if maxReplicas is set."""
+    """Number of workers to train with. May change while the job runs if maxReplicas is set."""
     min_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Fewest workers to train with while nodes for the others are missing. Unset waits for all."""
     max_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -59,11 +59,12 @@ class Workers(Section):
     processes_per_worker: Annotated[int, Field(ge=1, le=256, json_schema_extra=_default(1))] = 1
     """Ranks in each worker; one per GPU where there are GPUs."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)] | None = None
-    """Image of the trainer. Unset is the operator's default."""
+    """Image of the trainer, by tag or digest. Unset is the operator's default."""
     resources: Resources = Resources()
-    """Requests and limits of each worker."""
+    """CPU, memory and devices of each worker."""
     pod_template: PodTemplate = PodTemplate()
-    """Scheduling, environment and further volumes."""
+    """Scheduling, environment and further volumes of the workers' pods. Changes only while the job
+    is suspended."""
 
     rules: ClassVar = (
         Rule(
@@ -119,9 +120,9 @@ class ClaimTemplate(Section):
     """A claim the operator creates for the job."""
 
     storage: Quantity
-    """Size of the volume, such as 100Gi."""
+    """Size of the volume in bytes, usually with a unit, such as 100Gi."""
     storage_class_name: Annotated[str, StringConstraints(max_length=253)] | None = None
-    """Storage class. Unset is the cluster's default."""
+    """StorageClass that makes the volume. Unset is the cluster's default."""
     access_modes: Annotated[tuple[AccessMode, ...], Field(strict=False, max_length=3)] = ()
     """How the volume may be mounted. Unset is ReadWriteMany for several workers and ReadWriteOnce
     for one."""
@@ -140,13 +141,15 @@ class CheckpointVolume(Section):
     """Where checkpoints and everything else the run writes are kept."""
 
     claim_template: ClaimTemplate | None = None
-    """A claim to create."""
+    """A PersistentVolumeClaim to create for this job. Set either this or claimName."""
     claim_name: DnsName | None = None
-    """A claim that exists."""
+    """Name of a PersistentVolumeClaim that exists in the job's namespace. Set either this or
+    claimTemplate."""
     sub_path: PathText = ""
-    """Folder within the volume."""
+    """Folder within the volume to write to. Unset is its root."""
     retention: Literal["Retain", "Delete"] = "Retain"
-    """What becomes of a created claim when the job is deleted."""
+    """What becomes of a created claim when the job is deleted: it is kept, or deleted with all
+    checkpoints."""
 
     rules: ClassVar = (
         one_of("claim_template", "claim_name"),
@@ -176,36 +179,37 @@ class Hang(Section):
     """Seconds a phase may last without a sign of life before the ranks are started again."""
 
     starting_seconds: Positive = 600
-    """Process group, mesh and model."""
+    """Seconds in which process group, mesh and model must be built."""
     load_seconds: Positive = 1800
-    """Reading a checkpoint, since the last piece of it."""
+    """Seconds a checkpoint that is loaded may show no progress."""
     first_step_seconds: Positive = 1800
-    """The first step after a start, compilation included."""
+    """Seconds the first step after a start may take, compilation included."""
     data_seconds: Positive = 1800
-    """Waiting for samples."""
+    """Seconds a rank may wait for samples."""
     step_seconds: Positive | None = None
-    """A step. Unset is ten times the median step, at least 60."""
+    """Seconds a step may take. Unset is ten times the median step, at least 60."""
     save_seconds: Positive = 1800
-    """Writing a checkpoint, since the last piece of it."""
+    """Seconds a checkpoint that is saved may show no progress."""
 
 
 class Recovery(Section):
     """How often work is started again after failures, and how soon."""
 
     max_restarts: NonNegative = 10
-    """Failures within the window after which the job fails. Preemptions are free."""
+    """Number of failures within windowSeconds that are put up with; one more and the job fails.
+    Preemptions are free."""
     window_seconds: Positive = 3600
-    """Length of the window in which failures are counted. A new checkpoint empties it."""
+    """Seconds for which a failure counts. A new checkpoint forgives all."""
     backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 5
-    """Wait before the second restart in the window; doubles with every further failure. The first
-    restart doesn't wait."""
+    """Seconds to wait before the second restart in the window; doubles with every further failure.
+    The first restart doesn't wait."""
     max_backoff_seconds: Annotated[int, Field(ge=0, le=86_400)] = 300
-    """Longest wait before a restart."""
+    """Most seconds to wait before a restart."""
     grow_snooze_seconds: Annotated[int, Field(ge=0, le=86_400)] = 60
-    """How long a job that trains with fewer workers than it should stays as it is before it seeks
-    nodes for the others; doubles with every attempt that fails."""
+    """Seconds for which a job that trains with fewer workers than it should stays as it is before
+    it seeks nodes for the others; doubles with every attempt that fails."""
     hang: Hang = Hang()
-    """When ranks that give no sign of life are started again."""
+    """How long ranks may give no sign of life, phase by phase, before they are started again."""
 
     rules: ClassVar = (
         Rule(
@@ -221,28 +225,28 @@ class JobSpec(Sections):
     """What to train and with which workers."""
 
     workers: Annotated[Workers, Field(json_schema_extra=_default({}))] = Workers()
-    """The pods that train."""
+    """The pods that train: how many, of what size, and where."""
     volumes: Volumes = Volumes()
-    """Where they write."""
+    """Where the workers write."""
     recovery: Recovery = Recovery()
-    """How often work is started again."""
+    """How often and how soon work is started again after failures."""
     suspend: Annotated[bool, Field(json_schema_extra=_default(False))] = False
     """Save, stop and free the workers. Training goes on where it was when set back to false."""
     managed_by: (
         Annotated[str, StringConstraints(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._/-]+$", max_length=63)]
         | None
     ) = None
-    """Controller in charge. Anything but pretrain.dev/pretrain-operator, such as
-    kueue.x-k8s.io/multikueue, makes the operator leave the job alone."""
+    """Controller in charge of the job. Unset is this operator, pretrain.dev/pretrain-operator; with
+    any other name, such as kueue.x-k8s.io/multikueue, it leaves the job alone."""
     active_deadline_seconds: Positive | None = None
-    """Seconds since startTime after which the job fails."""
+    """Seconds after status.startTime at which the job fails if it still runs. Unset is no limit."""
     scheduling_timeout_seconds: Positive | None = None
     """Seconds the workers may wait for nodes. Those that have one are then released with the rest,
     so that two jobs don't block each other, and all are tried again later, after 30 s at first and
     10 minutes at last. With minReplicas the job starts smaller before that. Unset waits for ever.
     Time a queue holds them back doesn't count."""
     ttl_seconds_after_finished: NonNegative | None = None
-    """Seconds after which a finished job is deleted. Unset keeps it."""
+    """Seconds after its end at which the job is deleted. Unset keeps it."""
 
     rules: ClassVar = (*Sections.rules, *SPEC_RULES)
     transitions: ClassVar = SPEC_TRANSITIONS

@@ -84,27 +84,27 @@ class Resources(Section):
     """Requests and limits of a worker, as in a container."""
 
     limits: Quantities = Field(default_factory=dict)
-    """Most a worker may use, such as nvidia.com/gpu: 8."""
+    """Most that a worker may use of each resource, such as nvidia.com/gpu: 8 or memory: 512Gi."""
     requests: Quantities = Field(default_factory=dict)
-    """What a worker is sure to get. An entry that is missing equals its limit."""
+    """What a worker is sure to get of each resource. An entry that is missing equals its limit."""
 
 
 class KeyRef(Section):
     """One key of a Secret or ConfigMap in the job's namespace."""
 
     name: DnsName
-    """Name of the object."""
+    """Name of the Secret or ConfigMap."""
     key: ShortText
-    """Key within it."""
+    """Key of the entry within the Secret or ConfigMap."""
     optional: bool = False
-    """Start even if it is missing."""
+    """Start even if the object or the key is missing."""
 
 
 class FieldRef(Section):
     """A field of the pod itself."""
 
     field_path: ShortText
-    """Path of the field, such as spec.nodeName."""
+    """Path of the field in the pod, such as spec.nodeName."""
 
 
 def one_of(*names: str) -> Rule:
@@ -121,11 +121,11 @@ class EnvSource(Section):
     """Where the value of a variable comes from."""
 
     secret_key_ref: KeyRef | None = None
-    """A key of a Secret."""
+    """Take the value of one key of a Secret."""
     config_map_key_ref: KeyRef | None = None
-    """A key of a ConfigMap."""
+    """Take the value of one key of a ConfigMap."""
     field_ref: FieldRef | None = None
-    """A field of the pod."""
+    """Take the value of a field of the pod."""
 
     rules: ClassVar = (one_of("secret_key_ref", "config_map_key_ref", "field_ref"),)
 
@@ -134,11 +134,11 @@ class EnvVar(Section):
     """An environment variable of every process of a worker."""
 
     name: EnvName
-    """Name of the variable."""
+    """Name of the environment variable."""
     value: Annotated[str, StringConstraints(max_length=16_384)] | None = None
-    """Its value."""
+    """Text the variable is set to. Unset, and without valueFrom, it is empty."""
     value_from: EnvSource | None = None
-    """Where its value comes from."""
+    """Where the variable's value comes from, in place of value."""
 
     rules: ClassVar = (
         Rule(
@@ -177,22 +177,22 @@ class ObjectName(Section):
     """A reference to an object in the job's namespace."""
 
     name: DnsName
-    """Name of the object."""
+    """Name of the object in the job's namespace."""
 
 
 class Toleration(Section):
     """A taint the workers' nodes may have."""
 
     key: LabelKey | None = None
-    """Key of the taint; unset with operator Exists is every taint."""
+    """Key of the taint that is put up with. Unset, with operator Exists, is every taint."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    """How value is compared."""
+    """Equal: key and value are those of the taint. Exists: the key is, whatever its value."""
     value: LabelValue = ""
-    """Value of the taint."""
+    """Value of the taint, for operator Equal. Unset is the empty value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint; unset is every effect."""
+    """Effect of the taint that is put up with. Unset is every effect."""
     toleration_seconds: NonNegative | None = None
-    """How long a worker stays on a node that gets a NoExecute taint."""
+    """Seconds a worker stays on a node that gets a NoExecute taint. Unset is for ever."""
 
     rules: ClassVar = (
         Rule(
@@ -234,49 +234,49 @@ class TopologySpread(Section):
     max_skew: Positive = 1
     """Largest difference in the number of workers between two domains."""
     topology_key: LabelKey
-    """Node label whose values are the domains."""
+    """Label of nodes whose values are the domains, such as topology.kubernetes.io/zone."""
     when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "DoNotSchedule"
-    """What to do when workers can't be spread that evenly."""
+    """What to do with a worker that can't be placed that evenly: wait, or place it anyway."""
     min_domains: Positive | None = None
-    """Number of domains to have at least."""
+    """Number of domains there must be at least. Unset asks for none in particular."""
     label_selector: FreeForm | None = None
-    """Pods that count."""
+    """Selects the pods that are counted in each domain. Unset is this job's workers."""
 
 
 class ConfigMapSource(Section):
     """Files from a ConfigMap."""
 
     name: DnsName
-    """Name of the ConfigMap."""
+    """Name of the ConfigMap in the job's namespace."""
     optional: bool = False
-    """Start even if it is missing."""
+    """Start even if the ConfigMap is missing."""
 
 
 class SecretSource(Section):
     """Files from a Secret."""
 
     secret_name: DnsName
-    """Name of the Secret."""
+    """Name of the Secret in the job's namespace."""
     optional: bool = False
-    """Start even if it is missing."""
+    """Start even if the Secret is missing."""
 
 
 class EmptyDirSource(Section):
     """An empty folder that lives as long as the pod."""
 
     medium: Literal["", "Memory"] = ""
-    """Where it lies: on the node's disk, or in memory."""
+    """Where the folder lies: Memory, or the node's disk if unset."""
     size_limit: Quantity | None = None
-    """Most it may hold."""
+    """Most bytes the folder may hold, usually with a unit, such as 10Gi. Unset is no limit."""
 
 
 class ClaimSource(Section):
     """A claim in the job's namespace, such as one with training data."""
 
     claim_name: DnsName
-    """Name of the claim."""
+    """Name of the PersistentVolumeClaim in the job's namespace."""
     read_only: bool = False
-    """Mount it without the right to write."""
+    """Mount the claim without the right to write."""
 
 
 class DownwardItem(Section):
@@ -285,31 +285,31 @@ class DownwardItem(Section):
     path: PathText
     """Path of the file within the volume."""
     field_ref: FieldRef
-    """Field whose value it holds."""
+    """The field of the pod whose value the file holds."""
 
 
 class DownwardSource(Section):
     """Files with fields of the pod itself."""
 
     items: Annotated[tuple[DownwardItem, ...], Field(strict=False, max_length=MAX_ENTRIES)] = ()
-    """The files."""
+    """One file for each field of the pod."""
 
 
 class Volume(Section):
     """A further volume of the workers. Only kinds that can't reach the node are in the schema."""
 
     name: DnsLabel
-    """Name that volumeMounts refer to."""
+    """Name by which volumeMounts refer to this volume."""
     config_map: ConfigMapSource | None = None
-    """Files from a ConfigMap."""
+    """The volume holds a file for each key of a ConfigMap."""
     secret: SecretSource | None = None
-    """Files from a Secret."""
+    """The volume holds a file for each key of a Secret."""
     empty_dir: EmptyDirSource | None = None
     """An empty folder that lives as long as the pod."""
     persistent_volume_claim: ClaimSource | None = None
-    """A claim in the job's namespace."""
+    """The volume of a PersistentVolumeClaim in the job's namespace."""
     downward_api: DownwardSource | None = None
-    """Files with fields of the pod itself."""
+    """The volume holds files with fields of the pod itself."""
 
     rules: ClassVar = (
         one_of("config_map", "secret", "empty_dir", "persistent_volume_claim", "downward_api"),
@@ -326,13 +326,13 @@ class VolumeMount(Section):
     """Where a volume appears in a worker."""
 
     name: DnsLabel
-    """Name of the volume."""
+    """Name of one of podTemplate.volumes."""
     mount_path: PathText
-    """Absolute path in the worker."""
+    """Absolute path at which a worker sees the volume, such as /data."""
     sub_path: PathText = ""
-    """Folder within the volume to mount instead of its root."""
+    """Folder within the volume to mount. Unset is its root."""
     read_only: bool = False
-    """Mount it without the right to write."""
+    """Mount the volume without the right to write."""
 
     rules: ClassVar = (
         Rule(
@@ -360,49 +360,51 @@ class PodTemplate(Section):
     """The parts of a worker's pod a user may choose. May change only while suspended."""
 
     labels: Labels = Field(default_factory=dict)
-    """Labels of the pods, such as a queue's name."""
+    """Labels to add to the pods, such as a queue's name."""
     annotations: Annotations = Field(default_factory=dict)
-    """Annotations of the pods."""
+    """Annotations to add to the pods."""
     env: Annotated[
         tuple[EnvVar, ...],
         Field(strict=False, max_length=MAX_ENV, json_schema_extra=_BY_NAME),
         AfterValidator(_unique_names),
     ] = ()
-    """Environment variables of every process."""
+    """Environment variables of every process of a worker."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
-    """When the image is fetched."""
+    """When the image is pulled. Unset is Kubernetes' own: Always for the tag latest, otherwise
+    IfNotPresent."""
     image_pull_secrets: Annotated[
         tuple[ObjectName, ...],
         Field(strict=False, max_length=MAX_ENTRIES, json_schema_extra=_BY_NAME),
         AfterValidator(_unique_names),
     ] = ()
-    """Secrets with which the image is fetched."""
+    """Secrets of the job's namespace with which the image is pulled."""
     node_selector: Labels = Field(default_factory=dict)
-    """Labels a node must have."""
+    """Labels a node must have to get a worker."""
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False, max_length=MAX_ENTRIES)] = ()
-    """Taints a node may have."""
+    """Taints that workers put up with on a node."""
     affinity: Affinity | None = None
-    """Nodes and neighbours workers prefer or need."""
+    """Nodes and neighbours that workers prefer or need."""
     topology_spread_constraints: Annotated[
         tuple[TopologySpread, ...], Field(strict=False, max_length=MAX_ENTRIES)
     ] = ()
-    """How workers are spread over the cluster."""
+    """How workers are spread over zones, racks or nodes."""
     priority_class_name: DnsName | None = None
-    """Priority of the pods."""
+    """PriorityClass of the pods. Unset is the cluster's default."""
     scheduler_name: DnsName | None = None
-    """Scheduler that places the pods."""
+    """Scheduler that places the pods. Unset is the cluster's default."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86_400)] | None = None
-    """Time to save and leave after SIGTERM. Must be longer than a save takes."""
+    """Seconds a worker has to save and leave after SIGTERM; must be more than a save takes. Unset
+    is 120, and more once saves were seen to take longer."""
     volumes: Annotated[
         tuple[Volume, ...],
         Field(strict=False, max_length=MAX_ENTRIES, json_schema_extra=_BY_NAME),
         AfterValidator(_unique_names),
     ] = ()
-    """Further volumes, such as claims with data."""
+    """Further volumes of the pods, such as claims with data."""
     volume_mounts: Annotated[
         tuple[VolumeMount, ...], Field(strict=False, max_length=MAX_ENTRIES)
     ] = ()
-    """Where those volumes appear."""
+    """Where the volumes of this template appear in a worker."""
 
     rules: ClassVar = (
         *(

@@ -50,32 +50,32 @@ class Condition(Tolerant):
     """A condition in the form all Kubernetes tools know."""
 
     type: Annotated[str, Field(max_length=316)]
-    """Kind of condition, such as Running."""
+    """Kind of condition: Suspended, Running, Restarting, Complete, Failed and others."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """Whether the condition holds."""
     reason: Annotated[str, Field(max_length=1024)]
-    """Why, in one CamelCase word."""
+    """Why the condition holds or doesn't, in one CamelCase word for programs."""
     message: Annotated[str, Field(max_length=32768)] = ""
-    """Why, in a sentence."""
+    """Why the condition holds or doesn't, in a sentence for people."""
     last_transition_time: datetime
-    """When status last changed."""
+    """When the condition's status last changed."""
     observed_generation: int | None = None
-    """metadata.generation the condition was judged from."""
+    """The metadata.generation of the spec that the condition was judged from."""
 
 
 class WorkersStatus(Tolerant):
     """How many workers there are."""
 
     desired: int = 0
-    """Workers the spec asks for."""
+    """Number of workers the spec asks for."""
     active: int = 0
-    """Pods that exist and have not ended."""
+    """Number of pods that exist and have not ended."""
     ready: int = 0
-    """Pods that take part in training."""
+    """Number of pods that take part in training."""
     succeeded: int = 0
-    """Pods that ended well."""
+    """Number of pods that ended well."""
     summary: str | None = None
-    """Ready and desired, as in 2/2."""
+    """Ready and desired workers, as in 2/2."""
 
 
 class Member(Tolerant):
@@ -84,43 +84,45 @@ class Member(Tolerant):
     index: int
     """Number of the worker; also its rank among the workers."""
     created_in: int
-    """Generation its pod was created in; part of the pod's name."""
+    """Generation in which the worker's pod was created; part of the pod's name."""
     pod: str
-    """Name of its pod."""
+    """Name of the worker's pod."""
     uid: str | None = None
-    """UID of that pod, once it exists. A pod of the same name with another UID is not a member."""
+    """UID of the worker's pod, once it exists. A pod of the same name with another UID is not a
+    member."""
     node: str | None = None
-    """Node of that pod."""
+    """Node that the worker's pod runs on."""
     ip: str | None = None
-    """Address of that pod."""
+    """IP address of the worker's pod."""
 
 
 class AssignmentStatus(Tolerant):
     """Who trains together; written before any pod is created or told."""
 
     generation: int = 0
-    """Grows with every change of membership."""
+    """Number of the present membership; grows with every change of it."""
     nonce: str = ""
     """Secret of this generation: opens the meeting point and every changing endpoint of a worker.
     """
     leader: str | None = None
-    """host:port where the workers meet, once the leader has an address."""
+    """Where the workers meet, as host:port, once the leader has an address."""
     workers: Annotated[tuple[Member, ...], Field(max_length=4096)] = ()
-    """The members, by index."""
+    """Members of the present generation, by index."""
     created: datetime | None = None
-    """When this generation was decided."""
+    """When the present generation was decided."""
     not_before: datetime | None = None
-    """When its missing pods may be created: the wait after a failure."""
+    """When missing pods may be created: the end of the wait after a failure."""
     announced: datetime | None = None
-    """When its members were told about each other."""
+    """When the members were told about each other."""
     in_place_before: int = 0
-    """Restarts within pods that the leader's own count doesn't include."""
+    """Number of restarts within pods that the leader's own count doesn't include."""
     order: Order = Order.NONE
-    """What all members were told to do: pause before a change of size, drain before suspension."""
+    """What all members were told to do last: pause before a change of size, drain before
+    suspension."""
     ordered: datetime | None = None
-    """When they were told."""
+    """When the members were told the order."""
     until: datetime | None = None
-    """When they are no longer waited for."""
+    """When members that have not followed the order are no longer waited for."""
     candidates: Annotated[tuple[Member, ...], Field(max_length=4096)] = ()
     """Workers that start beside the members, to join a larger world once they are ready."""
     written_off: Annotated[tuple[str, ...], Field(max_length=4096)] = ()
@@ -128,61 +130,62 @@ class AssignmentStatus(Tolerant):
     unplaced: datetime | None = None
     """Since when members or candidates find no node, though no queue holds them back."""
     grow_after: datetime | None = None
-    """When candidates are sought for the workers that are missing; not before."""
+    """When candidates for the workers that are missing are sought at the earliest."""
     setbacks: int = 0
-    """How often candidates were given up since this generation began."""
+    """Number of times candidates were given up since this generation began."""
     releases: int = 0
-    """How often pods were released for want of nodes since workers last met."""
+    """Number of times pods were released for want of nodes since workers last met."""
 
 
 class ProgressStatus(Tolerant):
     """How far training is."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     steps: int = 0
-    """Optimizer steps in all."""
+    """Number of optimizer steps the run has in all."""
     summary: str | None = None
-    """Both, as in 120/1000."""
+    """Steps done and in all, as in 120/1000."""
     tokens: int = 0
-    """Tokens trained on, over all restarts."""
+    """Number of tokens trained on, over all restarts."""
     loss: float | None = None
     """Loss of the last reported step."""
     first_loss: float | None = None
-    """Loss of the first step."""
+    """Loss of the very first step, to compare the present one with."""
     grad_norm: float | None = None
     """Norm of the gradients of the last reported step, before scaling."""
     learning_rate: float | None = None
     """Learning rate of the last reported step."""
     tokens_per_second: float | None = None
-    """Speed over all ranks."""
+    """Tokens trained on per second, over all ranks."""
     mfu: float | None = None
-    """Model FLOPs utilization in percent."""
+    """Model FLOPs utilization: share of the hardware's peak that training uses, in percent."""
     eta: str | None = None
-    """Time left at this speed, as in 2h5m."""
+    """Time left at the present speed, as in 2h5m."""
     resumed_from: int | None = None
     """Step of the checkpoint the present run started from."""
     ledger: str | None = None
     """Digest of all samples trained on so far, hexadecimal."""
     updated: datetime | None = None
-    """When this was read from the leader."""
+    """When progress was read from the leader."""
 
 
 class CheckpointStatus(Tolerant):
     """The newest committed checkpoint."""
 
     step: int
-    """Step after which it was saved."""
+    """Optimizer step after which the checkpoint was saved."""
     time: datetime
-    """When it was committed."""
+    """When the checkpoint was committed."""
     path: str
-    """Folder, relative to the root of the volume."""
+    """Folder of the checkpoint, relative to the root of the volume."""
     bytes: int = 0
-    """Size over all files."""
+    """Size of the checkpoint over all files, in bytes."""
     seconds: float | None = None
-    """How long training stood still for it."""
+    """Seconds for which training stood still for the save."""
     verified: str = "local"
-    """Who read it back: local (the writer) or remote (another client of the file system)."""
+    """Who read the checkpoint back: local (the writer) or remote (another client of the file
+    system)."""
     skipped: Annotated[tuple[SkippedCheckpoint, ...], Field(max_length=MAX_ATTEMPTS)] = ()
     """Checkpoints passed over at the last start because they were damaged."""
 
@@ -191,73 +194,74 @@ class RestartsStatus(Tolerant):
     """Restarts, counted apart by what they cost and why."""
 
     total: int = 0
-    """Restarts of the world or of a pod, whatever the reason."""
+    """Number of restarts of the world or of a pod, whatever the reason."""
     in_place: int = 0
-    """Restarts of the processes within their pods."""
+    """Number of restarts of processes within their pods."""
     charged: int = 0
-    """Restarts that count against recovery.maxRestarts in the present window."""
+    """Number of restarts that count against recovery.maxRestarts in the present window."""
     by_reason: Annotated[dict[str, int], Field(max_length=64)] = {}
-    """Restarts of the world or of a pod by reason."""
+    """Number of restarts of the world or of a pod, by reason."""
 
 
 class Attempt(Tolerant):
     """How one generation ended."""
 
     generation: int
-    """Its generation."""
+    """Number of the generation that ended."""
     started: datetime | None = None
-    """When its pods were told to start."""
+    """When the pods of the attempt were told to start."""
     ended: datetime
-    """When the operator saw it end."""
+    """When the operator saw the attempt end."""
     reason: str
-    """Why it ended, in one CamelCase word."""
+    """Why the attempt ended, in one CamelCase word for programs."""
     message: Annotated[str, Field(max_length=MAX_MESSAGE)] = ""
-    """Why it ended, in a sentence."""
+    """Why the attempt ended, in a sentence for people."""
     start_step: int | None = None
-    """Step of the checkpoint it started from."""
+    """Step of the checkpoint that the attempt started from."""
     step: int | None = None
-    """Last step it reported."""
+    """Last step that the attempt reported."""
     checkpoint_step: int | None = None
-    """Step of the newest checkpoint at its end; the next attempt starts there."""
+    """Step of the newest checkpoint when the attempt ended; the next one starts there."""
     lost_seconds: float | None = None
-    """Time spent on steps that no checkpoint kept."""
+    """Seconds spent on steps that no checkpoint kept."""
     pod: str | None = None
-    """Pod that ended it."""
+    """Name of the pod whose failure or loss ended the attempt."""
     node: str | None = None
-    """Node of that pod."""
+    """Node of the pod that ended the attempt."""
     rank: int | None = None
-    """Global rank that failed first."""
+    """Global number of the rank that failed first."""
     exit_code: int | None = None
-    """Exit code of that rank or pod."""
+    """Exit code of the rank or pod that ended the attempt."""
     signal: str | None = None
-    """Signal that ended it, as in SIGKILL."""
+    """Signal that ended the rank or pod, as in SIGKILL."""
     charged: bool = False
-    """Whether it counts against recovery.maxRestarts."""
+    """Whether the attempt counts against recovery.maxRestarts."""
 
 
 class JobStatus(Tolerant):
     """Everything the operator knows about a job."""
 
     observed_generation: int | None = None
-    """metadata.generation this status was judged from."""
+    """The metadata.generation of the spec that this status was judged from."""
     phase: JobPhase | None = None
-    """One word for people."""
+    """State of the job in one word for people; programs read conditions."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=32)] = ()
-    """Suspended, Running, Restarting, Complete, Failed and others, by type."""
+    """What holds of the job now, and why: Suspended, Running, Restarting, Complete, Failed and
+    others, by type."""
     start_time: datetime | None = None
     """When the job first got its workers; reset by suspension."""
     completion_time: datetime | None = None
-    """When it completed or failed."""
+    """When the job completed or failed."""
     replicas: int | None = None
-    """Workers that exist, for kubectl scale and autoscalers."""
+    """Number of workers that exist, for kubectl scale and autoscalers."""
     selector: str | None = None
     """Label selector of the workers, for kubectl scale and autoscalers."""
     workers: WorkersStatus | None = None
     """How many workers there are."""
     assignment: AssignmentStatus | None = None
-    """Who trains together."""
+    """Which pods train together. The operator's memory; not meant for others."""
     progress: ProgressStatus | None = None
-    """How far training is."""
+    """How far training is, how fast, and how well it learns."""
     checkpoint: CheckpointStatus | None = None
     """The newest committed checkpoint."""
     restarts: RestartsStatus | None = None
@@ -265,4 +269,4 @@ class JobStatus(Tolerant):
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=MAX_ATTEMPTS)] = ()
     """How past generations ended, newest last."""
     goodput: float | None = None
-    """Share of the time since startTime spent on steps that count, in percent."""
+    """Share of the time since startTime that was spent on steps that count, in percent."""

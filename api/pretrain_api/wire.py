@@ -114,8 +114,8 @@ class CheckpointReport(Wire):
 class SkippedCheckpoint(Wire):
     """A checkpoint that was not loaded, and the sentence that says why."""
 
-    step: Annotated[int, Field(description="Its step.")]
-    reason: Annotated[str, Field(description="Why it was passed over, in a sentence.")]
+    step: Annotated[int, Field(description="Step of the checkpoint that was passed over.")]
+    reason: Annotated[str, Field(description="Why the checkpoint was passed over, in a sentence.")]
 
 
 class Progress(Wire):

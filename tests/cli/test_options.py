@@ -120,7 +120,7 @@ def test_keys_are_paths() -> None:
 
 def test_help_shows_what_works_and_nothing_else() -> None:
     text = describe()
-    assert "  --training.steps\n      Optimizer steps of the whole run" in text
+    assert "  --training.steps\n      Number of optimizer steps of the whole run" in text
     assert "(default: 10000)" in text
     assert "fault_tolerance.enable" not in text
     assert "profile_freq" not in text

@@ -65,19 +65,19 @@ class Sections(Section):
     checkpoint: Checkpoint = Checkpoint()
     """When state is saved, what is kept, and what a start loads."""
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
-    """Recomputing activations instead of keeping them."""
+    """Which activations are recomputed in the backward pass instead of kept."""
     compile: Compile = Compile()
-    """Compilation with torch.compile."""
+    """What torch.compile compiles, and with which backend."""
     quantize: Quantize = Quantize()
-    """Low precision training."""
+    """Layers in number formats of low precision, which model.converters switches on."""
     metrics: Metrics = Metrics()
     """What is measured and how often it is reported."""
     profiling: Profiling = Profiling()
     """Traces of the PyTorch profiler and snapshots of device memory."""
     comm: Comm = Comm()
-    """Collective communication."""
+    """Time limits and records of collective communication."""
     validation: Validation = Validation()
-    """Loss on held-out data."""
+    """How the loss on held-out data is measured."""
     memory_estimation: MemoryEstimation = MemoryEstimation()
     """Estimate of memory use without training."""
     fault_tolerance: FaultTolerance = FaultTolerance()

@@ -25,7 +25,7 @@ class Model(Section):
     """Folder with the Hugging Face tokenizer. In a cluster the default is the sample in the
     image."""
     tokenizer_path: Text | None = None
-    """Older name of hf_assets_path."""
+    """Older name of hf_assets_path; must stay unset."""
     converters: Names = ()
     """Changes to the model before training, such as quantize.linear.float8."""
     print_after_conversion: bool = False
@@ -79,25 +79,25 @@ class Compile(Section):
     """Compilation with torch.compile."""
 
     enable: bool = False
-    """Compile the components."""
+    """Compile what components names."""
     components: Annotated[tuple[CompileComponent, ...], Field(strict=False, max_length=2)] = (
         "model",
         "loss",
     )
     """What is compiled: each transformer block (model), the loss."""
     backend: Annotated[str, Field(min_length=1, max_length=63)] = "inductor"
-    """Compiler backend."""
+    """Compiler behind torch.compile that makes the kernels."""
 
 
 class Float8Linear(Section):
     """Float8 for linear layers."""
 
     enable_fsdp_float8_all_gather: bool = False
-    """Gather parameters in float8."""
+    """Cast parameters to float8 before they are gathered, instead of after."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute the scales of all parameters at once after the optimizer step."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """How scales are shared."""
+    """How scales are shared. Unset is tensorwise."""
     filter_fqns: Names = ()
     """Layers that are left alone."""
     emulate: bool = False
@@ -126,7 +126,7 @@ class MXGroupedMM(Section):
     """Microscaling formats for the grouped products of experts."""
 
     recipe_name: Literal["mxfp8"] = "mxfp8"
-    """Format and kernels."""
+    """Format and kernels for the products of experts."""
     fqns: Names = ()
     """Layers to convert."""
 
@@ -135,24 +135,26 @@ class QuantizeLinear(Section):
     """Low precision for linear layers."""
 
     float8: Float8Linear = Float8Linear()
-    """Float8. Switched on by converter quantize.linear.float8."""
+    """Settings for linear layers in float8, which converter quantize.linear.float8 switches on."""
     mx: MXLinear = MXLinear()
-    """Microscaling formats. Switched on by converter quantize.linear.mx."""
+    """Settings for linear layers in microscaling formats, which converter quantize.linear.mx
+    switches on."""
 
 
 class QuantizeGroupedMM(Section):
     """Low precision for the grouped products of experts."""
 
     float8: Float8GroupedMM = Float8GroupedMM()
-    """Float8. Switched on by converter quantize.grouped_mm.float8."""
+    """Settings for experts in float8, which converter quantize.grouped_mm.float8 switches on."""
     mx: MXGroupedMM = MXGroupedMM()
-    """Microscaling formats. Switched on by converter quantize.grouped_mm.mx."""
+    """Settings for experts in microscaling formats, which converter quantize.grouped_mm.mx switches
+    on."""
 
 
 class Quantize(Section):
     """Low precision training. model.converters switches it on."""
 
     linear: QuantizeLinear = QuantizeLinear()
-    """Linear layers."""
+    """Low precision for linear layers."""
     grouped_mm: QuantizeGroupedMM = QuantizeGroupedMM()
-    """Grouped products of experts."""
+    """Low precision for the grouped products of experts."""

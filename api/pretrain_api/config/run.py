@@ -26,16 +26,17 @@ class Job(Section):
     """What the run is called and where it writes."""
 
     config_file: Text | None = None
-    """Configuration file to start from. Only an option of the command line, never in a file."""
+    """Configuration file to start from. Only an option of the command line; always unset in a
+    file."""
     dump_folder: PathText = "./outputs"
     """Folder for everything the run writes. In a cluster the operator sets it to the checkpoint
     volume."""
     description: Text = "default job"
-    """One line about the run, written to its log."""
+    """What the run is about, in a line that is written to its log."""
     print_config: bool = False
     """Write the whole configuration to the log at the start."""
     custom_config_module: Text = ""
-    """Python module that adds sections to the configuration."""
+    """Python module that adds sections to the configuration. Unset adds none."""
 
 
 class Checkpoint(Section):
@@ -50,35 +51,35 @@ class Checkpoint(Section):
     interval: Positive = 500
     """Steps from one checkpoint to the next."""
     initial_load_path: PathText | None = None
-    """Step folder of another run to start from. Only read while this run has no checkpoint of its
-    own."""
+    """Step folder of another run to start from, read while this run has no checkpoint of its own.
+    Unset starts from random weights."""
     initial_load_model_only: bool = True
     """Take only the weights from initial_load_path, not optimizer, schedule and data position."""
     initial_load_in_hf: bool = False
     """Read initial_load_path, or else model.hf_assets_path, as Hugging Face safetensors."""
     initial_load_in_hf_quantized: bool = False
-    """Read quantized Hugging Face safetensors."""
+    """Read initial_load_path as quantized Hugging Face safetensors."""
     last_save_model_only: bool = True
     """After the last step save only the weights. Such a checkpoint can't continue training."""
     last_save_in_hf: bool = False
-    """Write the last save as Hugging Face safetensors."""
+    """Write the last save as Hugging Face safetensors too."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Number format of a last save of weights only."""
+    """Number format of the weights in a last save of weights only."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Whether training goes on while a checkpoint is written."""
     keep_latest_k: NonNegative = 10
-    """How many checkpoints to keep; 0 keeps all. 1 is refused: were the only one damaged, nothing
+    """Number of checkpoints to keep; 0 keeps all. 1 is refused: were the only one damaged, nothing
     would be left to resume from."""
     load_step: Annotated[int, Field(ge=-1, le=MAX_INT)] = -1
     """Step to resume from; -1 is the newest good one."""
     exclude_from_loading: Annotated[
         tuple[StateName, ...], Field(strict=False, max_length=MAX_LIST)
     ] = ()
-    """Parts of the state that are not loaded, but start afresh."""
+    """Parts of the state that are not loaded from the first checkpoint, but start afresh."""
     enable_first_step_checkpoint: bool = False
     """Also save after the first step, to find out early whether saving works."""
     create_seed_checkpoint: bool = False
-    """Save the initial state as step 0 and exit. One process, all degrees 1."""
+    """Save the initial state as step 0 and exit. Needs one process and all degrees at 1."""
     load_only: bool = False
     """Load checkpoints but never save any."""
 
@@ -116,7 +117,7 @@ class Metrics(Section):
     """What is measured and how often it is reported."""
 
     log_freq: Positive = 10
-    """Steps from one report of loss, speed and memory to the next."""
+    """Number of steps from one report of loss, speed and memory to the next."""
     enable_tensorboard: bool = False
     """Write event files for TensorBoard."""
     disable_color_printing: bool = False
@@ -126,24 +127,24 @@ class Metrics(Section):
     save_for_all_ranks: bool = False
     """Report from every rank, not only from the first."""
     enable_wandb: bool = False
-    """Report to Weights & Biases."""
+    """Report metrics to Weights & Biases."""
 
 
 class Profiling(Section):
     """Traces of the PyTorch profiler and snapshots of device memory."""
 
     enable_profiling: bool = False
-    """Record profiler traces."""
+    """Record traces of the PyTorch profiler."""
     save_traces_folder: Text = "profile_traces"
     """Folder of the traces, inside job.dump_folder."""
     profile_freq: Positive = 10
-    """Steps from one trace to the next."""
+    """Number of steps from one trace to the next."""
     profiler_active: Positive = 1
-    """Steps recorded per trace."""
+    """Number of steps recorded in each trace."""
     profiler_warmup: NonNegative = 3
-    """Steps the profiler runs without recording, before each trace."""
+    """Number of steps the profiler runs without recording, before each trace."""
     enable_memory_snapshot: bool = False
-    """Record what holds device memory."""
+    """Record snapshots of what holds device memory."""
     save_memory_snapshot_folder: Text = "memory_snapshot"
     """Folder of the snapshots, inside job.dump_folder."""
 
@@ -152,11 +153,11 @@ class Comm(Section):
     """Collective communication."""
 
     init_timeout_seconds: Positive = 300
-    """How long a collective may take until the first step is done."""
+    """Seconds a collective may take until the first step is done."""
     train_timeout_seconds: Positive = 100
-    """How long a collective may take after the first step."""
+    """Seconds a collective may take after the first step."""
     trace_buf_size: NonNegative = 0
-    """Entries of the flight recorder of collectives; 0 records nothing."""
+    """Number of collectives the flight recorder remembers; 0 records nothing."""
     save_traces_folder: Text = "comm_traces"
     """Folder of the flight recorder's dumps, inside job.dump_folder."""
     save_traces_file_prefix: Text = "rank_"
@@ -169,17 +170,17 @@ class Validation(Section):
     enable: bool = False
     """Measure the loss on held-out data while training."""
     dataset: Text = "c4_validation"
-    """Dataset to validate on."""
+    """Name of the dataset to validate on."""
     dataset_path: Text | None = None
-    """Where that dataset lies, if it is not fetched by name."""
+    """File or folder of the dataset to validate on. Unset fetches it by name."""
     local_batch_size: Positive = 8
-    """Sequences per rank and validation step."""
+    """Number of sequences per rank and validation step."""
     seq_len: Positive = 2048
-    """Tokens per sequence."""
+    """Number of tokens in a sequence."""
     freq: Positive = 10
-    """Training steps from one validation to the next."""
+    """Number of training steps from one validation to the next."""
     steps: Annotated[int, Field(ge=-1, le=MAX_INT)] = -1
-    """Validation steps each time; -1 takes the whole dataset."""
+    """Number of steps of each validation; -1 takes the whole dataset."""
 
 
 class MemoryEstimation(Section):
@@ -188,7 +189,7 @@ class MemoryEstimation(Section):
     enable: bool = False
     """Estimate the memory of a run instead of training."""
     disable_fake_mode: bool = False
-    """Estimate with real tensors."""
+    """Estimate memory with real tensors instead of fake ones."""
 
 
 class FaultTolerance(Section):
@@ -197,23 +198,24 @@ class FaultTolerance(Section):
     enable: bool = False
     """Let replica groups fail one by one."""
     process_group: Literal["gloo", "nccl"] = "gloo"
-    """Library of the collectives between replica groups."""
+    """Library for collectives between replica groups."""
     process_group_timeout_ms: Positive = 10_000
     """Milliseconds after which a collective between groups counts as failed."""
     replica_id: NonNegative = 0
-    """Number of this replica group."""
+    """Number of this replica group among all, from 0."""
     group_size: NonNegative = 0
-    """Number of replica groups."""
+    """Number of replica groups there are."""
     min_replica_size: Positive = 1
-    """Groups a step needs at least."""
+    """Number of replica groups a step needs at least."""
     semi_sync_method: Text | None = None
-    """Algorithm for groups that meet only every few steps, such as diloco."""
+    """Algorithm for groups that meet only every few steps, such as diloco. Unset meets at every
+    step."""
 
 
 class Experimental(Section):
     """Hooks for code of one's own."""
 
     custom_import: Text = ""
-    """Python module imported before the model is looked up."""
+    """Python module that is imported before the model is looked up. Unset imports none."""
     custom_args_module: Text = ""
-    """Older name of job.custom_config_module."""
+    """Older name of job.custom_config_module. Unset adds nothing."""

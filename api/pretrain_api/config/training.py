@@ -26,20 +26,21 @@ class Training(Section):
 
     dataset: Dataset
     """Where samples come from: c4 is streamed from Hugging Face; text and jsonl are read from
-    dataset_path. The only key without a default."""
+    dataset_path. The only key of the spec without a default."""
     dataset_path: PathText | None = None
-    """File or folder of the samples. In a folder every file of the kind is read, sorted by name."""
+    """File or folder of the samples, for datasets text and jsonl. In a folder every file of the
+    kind is read, sorted by name. Unset is right for c4 only."""
     local_batch_size: Annotated[int, Field(ge=1, le=2**20)] = 8
-    """Sequences per rank in one forward pass."""
+    """Number of sequences per rank in one forward pass."""
     global_batch_size: Annotated[int, Field(ge=-1, le=2**30)] = -1
-    """Sequences per optimizer step over all ranks; what exceeds local_batch_size times the
-    data-parallel degree is accumulated. -1 is exactly that product."""
+    """Number of sequences per optimizer step over all ranks; what exceeds local_batch_size times
+    the data-parallel degree is accumulated. -1 is exactly that product."""
     seq_len: Annotated[int, Field(ge=1, le=2**24)] = 2048
-    """Tokens per sequence."""
+    """Number of tokens in a sequence."""
     max_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this total norm."""
+    """Total norm that the gradients of a step are scaled down to."""
     steps: Positive = 10_000
-    """Optimizer steps of the whole run, restarts included."""
+    """Number of optimizer steps of the whole run, restarts included."""
     epochs: Positive | None = None
     """End after this many passes over the data, if steps don't end the run first. Unset repeats the
     data for ever."""
@@ -52,11 +53,12 @@ class Training(Section):
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Number format gradients are reduced in."""
     gc_freq: Positive = 50
-    """Steps from one garbage collection of Python to the next, done by all ranks together."""
+    """Number of steps from one garbage collection of Python to the next, done by all ranks
+    together."""
     gc_debug: bool = False
     """Look for reference cycles that hold tensors at every step."""
     seed: Annotated[int, Field(ge=0, le=2**53)] | None = None
-    """Seed of initial weights and sample order. Unset is 0: a run is always repeatable."""
+    """Seed of initial weights and sample order. Unset is 0, so that a run is always repeatable."""
     deterministic: bool = False
     """Use only deterministic kernels, even where they are slower."""
     debug_moe_force_load_balance: bool = False
@@ -65,8 +67,8 @@ class Training(Section):
     """When loss or gradients are not finite: skip leaves the parameters alone and goes on, a
     bounded number of times in a row; stop ends the run at once."""
     data_streams: Positive | None = None
-    """Streams documents are packed in. Must divide the global batch size, which is the default.
-    Samples depend on it, so it never changes within a run."""
+    """Number of streams that documents are packed in; must divide the global batch size. Unset is
+    the global batch size. Samples depend on it, so it never changes within a run."""
 
     rules: ClassVar = (
         Rule(
@@ -89,19 +91,20 @@ class Optimizer(Section):
     """How gradients change parameters."""
 
     name: Literal["Adam", "AdamW"] = "AdamW"
-    """Algorithm."""
+    """Algorithm that updates the parameters."""
     lr: Annotated[float, Field(ge=0)] = 8e-4
     """Learning rate after warmup."""
     beta1: Decay = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the running mean of gradients, per step."""
     beta2: Decay = 0.95
-    """Decay of the mean of squared gradients."""
+    """Decay of the running mean of squared gradients, per step."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Keeps the division by the root of the second mean finite."""
+    """Small number that keeps the division by the root of the mean of squares finite."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay of parameters, per step and learning rate."""
+    """Decay of parameters per step, as a multiple of the learning rate and apart from gradients."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """One kernel per tensor, per group of tensors, or for everything."""
+    """Whether an update is one kernel per tensor (for-loop), per group of tensors (foreach) or for
+    everything (fused)."""
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there."""
 
@@ -110,12 +113,12 @@ class LRScheduler(Section):
     """How the learning rate changes over the run."""
 
     warmup_steps: NonNegative = 200
-    """Steps of linear growth from zero."""
+    """Number of steps in which the learning rate grows linearly from zero."""
     decay_ratio: Fraction | None = None
-    """Share of all steps spent on the decay at the end; the rate is constant before it. Unset
-    decays from the end of warmup."""
+    """Share of all steps, the last ones, in which the learning rate decays; it is constant before.
+    Unset decays from the end of warmup."""
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
-    """Shape of the decay."""
+    """Shape of the decay of the learning rate."""
     min_lr_factor: Fraction = 0.0
     """Learning rate at the last step, as a share of optimizer.lr."""
 
@@ -124,46 +127,48 @@ class Parallelism(Section):
     """How model and data are laid out over ranks; all degrees multiplied are the ranks."""
 
     data_parallel_replicate_degree: Positive = 1
-    """Copies of the sharded model. More than 1 is hybrid sharding (HSDP)."""
+    """Number of copies of the sharded model. More than 1 is hybrid sharding (HSDP)."""
     enable_compiled_autograd: bool = False
-    """Compile the backward pass."""
+    """Compile the backward pass too."""
     data_parallel_shard_degree: Annotated[int, Field(ge=-1, le=MAX_INT)] = -1
-    """Ranks each copy is sharded over (FSDP); -1 takes all that the other degrees leave."""
+    """Number of ranks each copy is sharded over (FSDP); -1 takes all that the other degrees
+    leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] | Positive = "default"
     """Whether gathered parameters are freed after the forward pass: always, never, always but for
     pipelines (default), or a number n to keep them sharded over groups of n ranks."""
     tensor_parallel_degree: Positive = 1
-    """Ranks each matrix is split over."""
+    """Number of ranks each matrix is split over."""
     disable_loss_parallel: bool = False
     """With tensor parallelism: gather the logits before the loss."""
     enable_async_tensor_parallel: bool = False
     """With tensor parallelism: overlap communication with products."""
     pipeline_parallel_degree: Positive = 1
-    """Stages the layers are split over."""
+    """Number of stages the layers are split over."""
     module_fqns_per_model_part: (
         Annotated[tuple[Names, ...], Field(strict=False, max_length=MAX_LIST)] | None
     ) = None
-    """With pipelines: the modules of each stage."""
+    """With pipelines: names of the modules of each stage."""
     pipeline_parallel_first_stage_less_layers: NonNegative = 1
-    """With pipelines: layers the first stage has less, in exchange for the embedding."""
+    """With pipelines: number of layers the first stage has less, in exchange for the embedding."""
     pipeline_parallel_last_stage_less_layers: NonNegative = 1
-    """With pipelines: layers the last stage has less, in exchange for the output."""
+    """With pipelines: number of layers the last stage has less, in exchange for the output."""
     pipeline_parallel_layers_per_stage: Positive | None = None
-    """With pipelines: layers per stage."""
+    """With pipelines: number of layers of each stage. Unset spreads them evenly."""
     pipeline_parallel_schedule: Text = "1F1B"
-    """With pipelines: order of microbatches."""
+    """With pipelines: the order in which stages work on microbatches."""
     pipeline_parallel_schedule_csv: Text | None = ""
-    """With pipelines: file with an order of one's own."""
+    """With pipelines: file with an order of microbatches of one's own. Unset is
+    pipeline_parallel_schedule."""
     pipeline_parallel_microbatch_size: Positive = 1
-    """With pipelines: sequences per microbatch."""
+    """With pipelines: number of sequences in a microbatch."""
     context_parallel_degree: Positive = 1
-    """Ranks each sequence is split over."""
+    """Number of ranks each sequence is split over."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """With context parallelism: how keys and values travel."""
+    """With context parallelism: how keys and values travel between ranks."""
     expert_parallel_degree: Positive = 1
-    """Ranks the experts of a layer are split over."""
+    """Number of ranks the experts of a layer are split over."""
     expert_tensor_parallel_degree: Positive = 1
-    """Ranks each expert is split over."""
+    """Number of ranks each expert is split over."""
 
     rules: ClassVar = (
         Rule(
