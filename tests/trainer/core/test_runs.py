@@ -131,6 +131,14 @@ BAD_INPUT: dict[str, tuple[int, dict[str, dict[str, Any]], str]] = {
         {"parallelism": {"data_parallel_shard_degree": 3}},
         "2 ranks; use -1 or 2",
     ),
+    "asynchronous tensor parallelism without GPUs": (
+        2,
+        {
+            "parallelism": {"tensor_parallel_degree": 2, "enable_async_tensor_parallel": True},
+            "compile": {"enable": True},
+        },
+        "parallelism.enable_async_tensor_parallel: needs GPUs",
+    ),
     "seed on several ranks": (
         2,
         {"checkpoint": {"create_seed_checkpoint": True}},

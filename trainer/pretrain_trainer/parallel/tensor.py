@@ -45,7 +45,7 @@ def split(model: LanguageModel, config: RunConfig, tp: DeviceMesh) -> None:
         BadInputError: asynchronous tensor parallelism is asked for where it can't be.
     """
     if config.parallelism.enable_async_tensor_parallel:
-        overlap(config, tp)
+        overlap(tp)
     for block in model.layers.values():
         parallelize_module(block, tp, block_plan())
     outer: dict[str, ParallelStyle] = {
@@ -96,18 +96,16 @@ def block_plan() -> dict[str, ParallelStyle]:
     }
 
 
-def overlap(config: RunConfig, tp: DeviceMesh) -> None:
+def overlap(tp: DeviceMesh) -> None:
     """Let the compiler cut products into pieces that travel while the next is computed.
 
     Raises:
-        BadInputError: without a GPU or without the compiler.
+        BadInputError: without GPUs.
     """
-    key = "parallelism.enable_async_tensor_parallel"
     if tp.device_type != "cuda":
-        raise BadInputError(f"{key}: needs GPUs, because ranks write into each other's memory")
-    if not (config.compile.enable and "model" in config.compile.components):
         raise BadInputError(
-            f"{key}: is the compiler's work; set compile.enable, with model in compile.components"
+            "parallelism.enable_async_tensor_parallel: needs GPUs, because ranks write into each "
+            "other's memory; use false"
         )
     from torch._inductor import config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
