@@ -50,7 +50,7 @@ CONFIG_FILE: Final = "run.json"
 PODINFO_DIR: Final = "/etc/pretrain/podinfo"
 ASSIGNMENT_FILE: Final = "assignment"
 OUTPUT_DIR: Final = "/var/pretrain/output"  # the checkpoint volume; becomes job.dump_folder
-SCRATCH_DIR: Final = "/var/pretrain/scratch"  # HOME, TMPDIR and compile caches
+SCRATCH_DIR: Final = "/var/pretrain/scratch"  # HOME, TMPDIR and caches
 SAMPLE_DIR: Final = "/opt/pretrain/sample"  # text and tokenizer that come with the image
 USER_ID: Final = 10001  # numeric user and group of both images
 

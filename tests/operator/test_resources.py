@@ -159,7 +159,7 @@ def test_everything_a_trainer_writes_to_is_mounted() -> None:
     container = pod["spec"]["containers"][0]
     mounts = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
     env = {item["name"]: item.get("value", "") for item in container["env"]}
-    for name in ("HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME"):
+    for name in ("HOME", "TMPDIR", "TRITON_CACHE_DIR", "HF_HOME"):
         assert any(env[name].startswith(mount) for mount in mounts), name
     assert {"/tmp", "/dev/shm", names.OUTPUT_DIR} <= set(mounts)
     shm = next(v for v in pod["spec"]["volumes"] if v["name"] == "pretrain-shm")["emptyDir"]

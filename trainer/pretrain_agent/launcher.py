@@ -30,6 +30,8 @@ PRELOAD = (
     "torch.distributed.elastic.multiprocessing",
     # Imported by torch.use_deterministic_algorithms() and torch.compile, for seconds in every rank.
     "torch._inductor.config",
+    # The same for float8, in half a second; it asks for GPUs, which the variable below makes safe.
+    "pretrain_trainer.precision.ao",
 )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain_trainer.data.loader import Loader
 from pretrain_trainer.optim import optimizer_state
 from pretrain_trainer.parallel.mesh import Mesh, gather_rows
+from pretrain_trainer.precision.float8 import plain
 
 LEDGER_BYTES = 32  # of a SHA-256
 FINGERPRINT_BYTES = 4096  # fixed, because a checkpoint's shapes must be known before it is read
@@ -61,7 +62,7 @@ def state_tensors(
     The weights and moments are the live ones, everything else are copies.
     """
     return {
-        "model": dict(model.state_dict()),
+        "model": plain(model.state_dict()),
         "optimizer": optimizer_state(model, optimizer),
         "lr_scheduler": {"step": torch.tensor(state.schedule_step)},
         "data_loader": {

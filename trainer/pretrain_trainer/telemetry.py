@@ -3,8 +3,10 @@
 Tokens per second count tokens of the whole run. MFU is torchtitan's: model FLOPs of the trained
 tokens (6 per parameter and token without the input embedding, plus 12 per layer, feature and token
 of the sequence for attention, causality not discounted, recomputation not counted) over the peak
-of the GPU for dense bfloat16. A device whose peak isn't known has no MFU. Both are taken over the
-whole time since the last report, saves and waits included.
+of the GPU for dense bfloat16. What is computed in float8 or MXFP8 counts half, because its peak is
+twice as high: so MFU stays the share of its time that perfect hardware would need. A device whose
+peak isn't known has no MFU. Both are taken over the whole time since the last report, saves and
+waits included.
 """
 
 import logging
@@ -18,6 +20,7 @@ from pretrain_api.config import RunConfig
 from pretrain_api.wire import CheckpointReport, Progress, SkippedCheckpoint
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.parallel.mesh import DP_SHARD, sizes
+from pretrain_trainer.precision.float8 import eight_bit_flops
 from pretrain_trainer.state import TrainState
 from pretrain_trainer.step import StepReport
 from pretrain_trainer.world import World
@@ -65,7 +68,8 @@ class Telemetry:
     ) -> None:
         self._config = config
         self._ranks = world.place.world_size
-        self._flops_per_token = model.flops_per_token()
+        # Half of what is in eight bits: it has twice the peak.
+        self._flops_per_token = model.flops_per_token() - eight_bit_flops(model) // 2
         on_gpu = world.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_gpu else None
         self._since = time.monotonic()

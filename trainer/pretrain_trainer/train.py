@@ -15,6 +15,7 @@ from pretrain_api.config import RunConfig
 from pretrain_api.wire import ExitCode, Order, Phase
 from pretrain_trainer.endings import verdicts
 from pretrain_trainer.logs import set_up_logs
+from pretrain_trainer.precision.compile import report_cache
 from pretrain_trainer.settings import Place, load_config
 from pretrain_trainer.step import fetch, run_step
 from pretrain_trainer.supervision import Supervision
@@ -79,6 +80,7 @@ def train(trainer: Trainer) -> Order:
         trainer.report(report, last=ends or leaves)
         if phase == Phase.FIRST_STEP:
             shorten_timeouts(trainer.world, trainer.config.comm.train_timeout_seconds)
+            report_cache(trainer.config.compile)
             phase = Phase.STEP
         if state.step % training.gc_freq == 0:
             gc.collect(1)

@@ -20,6 +20,9 @@ from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.models.registry import build_model
 from pretrain_trainer.optim import build_optimizer, reset_optimizer, schedule
 from pretrain_trainer.parallel.parallelize import parallelize
+from pretrain_trainer.precision.compile import set_up_compiler
+from pretrain_trainer.precision.convert import convert
+from pretrain_trainer.precision.float8 import precompute_scales
 from pretrain_trainer.settings import Place
 from pretrain_trainer.state import TrainState, restore, state_tensors
 from pretrain_trainer.step import Machine, StepReport
@@ -168,9 +171,12 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
         config.model, tokenizer.vocab_size, training.seq_len, getattr(torch, training.dtype)
     )
     log_start(config, world, model)
+    set_up_compiler(config, world.place.job_uid)
+    convert(model, config, world.device)
     parallelize(model, config, world.mesh, world.device)
     initialise(model, training.seed or 0, world.device, supervision.alive)
     optimizer = build_optimizer(model, config.optimizer)
+    precompute_scales(model, optimizer, config)
     factor = schedule(config.lr_scheduler, training.steps)
     machine = Machine(
         model=model,

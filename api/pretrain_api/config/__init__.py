@@ -7,7 +7,13 @@ is understood from the first day; what isn't built yet is refused by :mod:`pretr
 
 from typing import ClassVar, Literal
 
-from pretrain_api.config.model import ActivationCheckpoint, Compile, Model, Quantize
+from pretrain_api.config.model import (
+    ACROSS_SECTIONS,
+    ActivationCheckpoint,
+    Compile,
+    Model,
+    Quantize,
+)
 from pretrain_api.config.run import (
     Checkpoint,
     Comm,
@@ -85,7 +91,7 @@ class Sections(Section):
     experimental: Experimental = Experimental()
     """Hooks for code of one's own."""
 
-    rules: ClassVar = support_rules()
+    rules: ClassVar = (*support_rules(), *ACROSS_SECTIONS)
 
 
 class RunConfig(Sections):

@@ -6,12 +6,30 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import Field
 
 from pretrain_api.flavors import llama3
-from pretrain_api.schema import Names, PathText, Rule, Section, Text
+from pretrain_api.schema import Names, PathText, Rule, Section, Text, or_else
 
 # torchtitan's families that aren't built yet; any other name is a family of the user's own.
 UNBUILT_FAMILIES: Final = ("llama3_ft", "llama4", "deepseek_v3", "qwen3", "gpt_oss", "flux")
 
 CompileComponent = Literal["model", "loss"]
+Converter = Literal[
+    "quantize.linear.float8",
+    "quantize.linear.mx",
+    "quantize.grouped_mm.float8",
+    "quantize.grouped_mm.mx",
+]
+
+
+def _one_format(kind: str) -> Rule:
+    """A layer can't be in float8 and in a microscaling format."""
+    both = (f"quantize.{kind}.float8", f"quantize.{kind}.mx")
+    return Rule(
+        path="converters",
+        cel="!has(self.converters) || "
+        + " || ".join(f"!('{name}' in self.converters)" for name in both),
+        message=f"{both[0]} and {both[1]} are for the same layers; use one of them",
+        holds=lambda m: not set(both) <= set(m.converters),
+    )
 
 
 class Model(Section):
@@ -26,8 +44,9 @@ class Model(Section):
     image."""
     tokenizer_path: Text | None = None
     """Older name of hf_assets_path; must stay unset."""
-    converters: Names = ()
-    """Changes to the model before training, such as quantize.linear.float8."""
+    converters: Annotated[tuple[Converter, ...], Field(strict=False, max_length=4)] = ()
+    """Number formats to convert layers to before training; each has a section of its own, which has
+    no effect otherwise."""
     print_after_conversion: bool = False
     """Write the model's structure to the log after the converters ran."""
 
@@ -47,6 +66,7 @@ class Model(Section):
             holds=lambda m: m.name != "llama3" or m.flavor in llama3.FLAVORS,
             explain=lambda m: _flavor_sentence(m.flavor),
         ),
+        *(_one_format(kind) for kind in ("linear", "grouped_mm")),
     )
 
 
@@ -66,13 +86,16 @@ class ActivationCheckpoint(Section):
     """For mode selective: op keeps the results of costly operators, a number n recomputes every
     n-th layer."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: Names = ("moe.router.gate",)
-    """For option op: linear layers whose shapes are always recomputed."""
+    """For option op: linear layers, by parts of their names; products with a weight of such a
+    layer's shape are always recomputed."""
     early_stop: bool = False
     """Stop recomputing as soon as the backward pass has what it needs."""
     memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """For mode memory_budget: share of the activations' memory to keep."""
+    """For mode memory_budget, which needs compile.enable: share of the activations' memory to
+    keep."""
     visualize_memory_budget_pareto: bool = False
-    """For mode memory_budget: draw memory against compute."""
+    """For mode memory_budget: draw memory against compute, into memory_budget_pareto in
+    job.dump_folder."""
 
 
 class Compile(Section):
@@ -97,11 +120,46 @@ class Float8Linear(Section):
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute the scales of all parameters at once after the optimizer step."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """How scales are shared. Unset is tensorwise."""
+    """What shares a scale: a whole tensor (tensorwise, which unset means), a row, or a row with the
+    gradients of weights left in high precision."""
     filter_fqns: Names = ()
-    """Layers that are left alone."""
+    """Layers that are left alone: parts of their names. auto_filter_small_kn stands for all that
+    are too small to gain. Layers outside of blocks, and those with a size that is no multiple of
+    16, always are."""
     emulate: bool = False
-    """Emulate float8 on hardware without it."""
+    """Compute the same numbers on hardware without float8, slowly."""
+
+    rules: ClassVar = (
+        Rule(
+            path="enable_fsdp_float8_all_gather",
+            cel="!(has(self.enableFsdpFloat8AllGather) && self.enableFsdpFloat8AllGather) || "
+            "!has(self.recipeName) || self.recipeName == 'tensorwise'",
+            message="gathers weights with one scale each; leave recipe_name at tensorwise",
+            holds=lambda f: (
+                not f.enable_fsdp_float8_all_gather or f.recipe_name in (None, "tensorwise")
+            ),
+        ),
+        Rule(
+            path="precompute_float8_dynamic_scale_for_fsdp",
+            cel="!(has(self.precomputeFloat8DynamicScaleForFsdp) && "
+            "self.precomputeFloat8DynamicScaleForFsdp) || "
+            "(has(self.enableFsdpFloat8AllGather) && self.enableFsdpFloat8AllGather)",
+            message="computes scales for the float8 all-gather; set enable_fsdp_float8_all_gather",
+            holds=lambda f: (
+                not f.precompute_float8_dynamic_scale_for_fsdp or f.enable_fsdp_float8_all_gather
+            ),
+        ),
+        Rule(
+            path="filter_fqns",
+            cel="!has(self.filterFqns) || !('auto_filter_small_kn' in self.filterFqns) || "
+            "!has(self.recipeName) || self.recipeName != 'rowwise_with_gw_hp'",
+            message="nobody has measured which layers are too small for rowwise_with_gw_hp; name "
+            "layers instead of auto_filter_small_kn",
+            holds=lambda f: (
+                "auto_filter_small_kn" not in f.filter_fqns or f.recipe_name != "rowwise_with_gw_hp"
+            ),
+        ),
+    )
 
 
 class MXLinear(Section):
@@ -110,16 +168,18 @@ class MXLinear(Section):
     mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
     """Kernel for the cast along dimension 1."""
     recipe_name: Text = "mxfp8_cublas"
-    """Format and kernels."""
+    """Format and kernels: mxfp8_cublas, mxfp8_cublas_rceil (scales are rounded up) or
+    mxfp8_emulated."""
     filter_fqns: Names = ("output",)
-    """Layers that are left alone."""
+    """Layers that are left alone: parts of their names. Layers outside of blocks, and those with a
+    size that is no multiple of 32, always are."""
 
 
 class Float8GroupedMM(Section):
     """Float8 for the grouped products of experts."""
 
     fqns: Names = ()
-    """Layers to convert."""
+    """Weights of experts to convert: parts of their names."""
 
 
 class MXGroupedMM(Section):
@@ -128,7 +188,7 @@ class MXGroupedMM(Section):
     recipe_name: Literal["mxfp8"] = "mxfp8"
     """Format and kernels for the products of experts."""
     fqns: Names = ()
-    """Layers to convert."""
+    """Weights of experts to convert: parts of their names."""
 
 
 class QuantizeLinear(Section):
@@ -158,3 +218,25 @@ class Quantize(Section):
     """Low precision for linear layers."""
     grouped_mm: QuantizeGroupedMM = QuantizeGroupedMM()
     """Low precision for the grouped products of experts."""
+
+
+# Rules over several sections, for the model that holds them all.
+ACROSS_SECTIONS: Final = (
+    Rule(
+        path="activation_checkpoint.mode",
+        cel=f"{or_else('activation_checkpoint.mode', repr('selective'))} != 'memory_budget' || "
+        f"({or_else('compile.enable', 'false')} && "
+        f"'model' in {or_else('compile.components', str(['model', 'loss']))} && "
+        f"{or_else('compile.backend', repr('inductor'))} != 'eager')",
+        message="memory_budget is planned by the compiler; set compile.enable, with model in "
+        "compile.components and a backend other than eager, or use another mode",
+        holds=lambda s: (
+            s.activation_checkpoint.mode != "memory_budget"
+            or (
+                s.compile.enable
+                and "model" in s.compile.components
+                and s.compile.backend != "eager"
+            )
+        ),
+    ),
+)

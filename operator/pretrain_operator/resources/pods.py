@@ -1,6 +1,6 @@
 """The worker pod: one container, the restricted profile, and what a trainer needs to live in it.
 
-The root file system is read-only, so HOME, TMPDIR and the compile caches are one scratch volume and
+The root file system is read-only, so HOME, TMPDIR and caches are one scratch volume and
 /dev/shm is a memory volume with a size. A pod is never restarted by the kubelet: whether and where
 a worker runs again is decided with the whole job in view. The assignment is not in the pod as
 created; it comes as an annotation once all members have an address.
@@ -150,7 +150,6 @@ def _environment(job: PretrainJob, grace: int) -> list[Body]:
         "HOME": scratch,
         "TMPDIR": f"{scratch}/tmp",
         "XDG_CACHE_HOME": f"{scratch}/cache",
-        "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache/inductor",
         "TRITON_CACHE_DIR": f"{scratch}/cache/triton",
         "HF_HOME": f"{scratch}/cache/huggingface",
     }

@@ -31,12 +31,17 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_getDevice", "_cuda_set
     if hasattr(torch._C, name):
         setattr(torch._C, name, refusal(name))
 
+# As on a machine with GPUs, whose management library counts them without touching any. Where it
+# isn't installed torch asks CUDA, which finds nothing to touch.
+torch.cuda._device_count_nvml = lambda: 1
+
 for module in (*launcher.PRELOAD, DEFAULT_ENTRY_POINT.partition(":")[0]):
     importlib.import_module(module)
     assert threads() == of_torch, f"{module} started a thread"
 
 for module in ("torch.distributed.fsdp", "torch.distributed.checkpoint",
-               "pretrain_trainer.checkpoint.manager", "pretrain_trainer.data.loader"):
+               "pretrain_trainer.checkpoint.manager", "pretrain_trainer.data.loader",
+               "torchao.float8"):
     assert module in sys.modules, module
 assert not torch.cuda.is_initialized()
 assert not torch.distributed.is_initialized()

@@ -3,7 +3,9 @@
 ``full`` keeps only each block's input. ``selective`` with a number does that for every n-th block
 and keeps everything in the others. ``selective`` with ``op`` keeps, in every block, the results
 that are costly to compute (attention, collectives, every second matrix product) and recomputes the
-cheap ones.
+cheap ones; products of layers that the configuration names are recomputed always, and not counted.
+``memory_budget`` does nothing here: the compiler plans it
+(:func:`pretrain_trainer.precision.compile.plan_memory`).
 
 A block's forward method is wrapped, not the block: parameter names stay what they are, so nothing
 else needs to know.
@@ -24,9 +26,11 @@ from torch.utils.checkpoint import (
 
 from pretrain_api.config import ActivationCheckpoint
 from pretrain_trainer.models.base import LanguageModel
+from pretrain_trainer.precision.layers import linears, require_names
 
 aten = torch.ops.aten
-MATMUL = aten.mm.default
+# Of the two operands the second is the weight, [in, out]; compiled float8 has a product of its own.
+MATMULS = frozenset((aten.mm.default, aten._scaled_mm.default))
 COSTLY = frozenset(
     (
         aten._scaled_dot_product_cudnn_attention.default,
@@ -34,40 +38,73 @@ COSTLY = frozenset(
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        aten.max.default,  # one number, for which float8 reads a whole tensor
     )
 )
 
 
+DEFAULT_NAMES = frozenset(ActivationCheckpoint().per_op_sac_force_recompute_mm_shapes_by_fqns)
+
+Shapes = frozenset[tuple[int, ...]]
+
+
+def check_names(model: LanguageModel, config: ActivationCheckpoint) -> None:
+    """Raise BadInputError for layers to recompute that ``model``, still whole, doesn't have.
+
+    The key's default names the router of experts, which other models simply lack.
+    """
+    names = config.per_op_sac_force_recompute_mm_shapes_by_fqns
+    require_names(
+        tuple(name for name in names if name not in DEFAULT_NAMES),
+        linears(model),
+        "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
+    )
+
+
 def checkpoint_activations(model: LanguageModel, config: ActivationCheckpoint) -> None:
     """Wrap the blocks of ``model`` in place, as ``config`` says."""
+    cheap = recomputed_shapes(model, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
     for number, block in enumerate(model.layers.values(), start=1):
         match config.mode, config.selective_ac_option:
             case "full", _:
                 _recompute(block, config.early_stop)
             case "selective", "op":
-                _recompute(block, config.early_stop, context_fn=keep_costly)
+                _recompute(block, config.early_stop, context_fn=partial(keep_costly, cheap))
             case "selective", every if number % int(every) == 0:
                 _recompute(block, config.early_stop)
             case _:
                 pass  # mode none, or a block between two n-th ones: keep everything
 
 
-def keep_costly() -> tuple[Any, Any]:
-    """Contexts of one forward pass and its recomputation that keep costly results."""
-    return create_selective_checkpoint_contexts(_KeepCostly())
+def recomputed_shapes(model: LanguageModel, names: tuple[str, ...]) -> Shapes:
+    """Shapes [in, out] of the linear layers whose names contain one of ``names``."""
+    return frozenset(
+        (layer.in_features, layer.out_features)
+        for name, layer in linears(model).items()
+        if any(part in name for part in names)
+    )
+
+
+def keep_costly(cheap: Shapes = frozenset()) -> tuple[Any, Any]:
+    """Contexts of one forward pass and its recomputation that keep costly results.
+
+    Products with a weight of one of the ``cheap`` shapes are recomputed whatever they cost.
+    """
+    return create_selective_checkpoint_contexts(_KeepCostly(cheap))
 
 
 class _KeepCostly:
     """Policy of one pass: counts products, separately for forward pass and recomputation."""
 
-    def __init__(self) -> None:
+    def __init__(self, cheap: Shapes) -> None:
+        self.cheap = cheap
         self.products = {False: 0, True: 0}
 
     def __call__(
         self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
     ) -> CheckpointPolicy:
         keep = op in COSTLY
-        if op == MATMUL:
+        if op in MATMULS and tuple(args[1].shape) not in self.cheap:
             self.products[context.is_recompute] += 1
             keep = self.products[context.is_recompute] % 2 == 1
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
