@@ -80,7 +80,11 @@ class WorkQueue(Generic[K]):
         if timer is not None and timer.when() <= loop.time() + seconds:
             return
         self._cancel_timer(key)
-        self._timers[key] = loop.call_later(seconds, self.add, key)
+        self._timers[key] = loop.call_later(seconds, self._due, key)
+
+    def _due(self, key: K) -> None:
+        del self._timers[key]  # or it would stand for the one that a hold asks for
+        self.add(key)
 
     def forget(self, key: K) -> None:
         """Drop what is remembered about a key that is gone."""

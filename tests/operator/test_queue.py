@@ -135,6 +135,22 @@ async def test_a_server_that_asks_for_time_gets_it_even_if_there_is_news() -> No
         await until(lambda: len(times) == 3)
 
 
+async def test_a_round_that_was_due_before_the_server_may_be_asked_is_not_lost() -> None:
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
+
+    async def reconcile(key: str) -> None:
+        times.append(loop.time())
+        if len(times) == 1:
+            queue.add_after("a", 0.05)  # an event comes meanwhile
+            raise ClusterError("too many requests", 429, retry_after=0.3)
+
+    async with running(reconcile) as queue:
+        queue.add("a")
+        await until(lambda: len(times) == 2)
+        assert times[1] - times[0] >= 0.3
+
+
 async def test_the_log_tells_of_a_failure_once_and_of_its_end(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
