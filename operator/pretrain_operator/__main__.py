@@ -39,6 +39,7 @@ from pretrain_operator.workers import HttpWorkers
 
 log = logging.getLogger(__name__)
 
+GATHER_SECONDS = 0.05
 STUCK_SECONDS = 300.0
 CRD_RETRY_SECONDS = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -53,8 +54,8 @@ class QueueNudge:
         self.saw = audit.saw
 
     def changed(self, key: Key) -> None:
-        """A round for it, soon."""
-        self._queue.add(key)
+        """A round for it, soon: pods come in groups, and a round is for all of them."""
+        self._queue.add_after(key, GATHER_SECONDS)
 
     def deleted(self, key: Key) -> None:
         """Nothing about it is kept."""

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, Self
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
@@ -31,7 +32,8 @@ Body = dict[str, Any]
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 30.0
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
-METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+METADATA_OF_ALL = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
 class Kind(Enum):
@@ -80,6 +82,7 @@ class RefusedError(ClusterError):
 class Cluster(Protocol):
     """What the operator needs of a cluster. ``namespace`` is empty for nodes.
 
+    What writing a pod returns is its metadata alone: nobody needs the rest of so large an object.
     All verbs raise ClusterError or one of its kinds.
     """
 
@@ -169,6 +172,9 @@ class HttpCluster:
                 await load_kube_config(kubeconfig, context, client_configuration=configuration)
         except ConfigException as error:
             raise ClusterError(f"no way to reach a cluster: {error}") from error
+        # The client would look into ~/.netrc before every request, in another thread.
+        configuration.client_session_kwargs = {"trust_env": False}
+        configuration.proxy = configuration.proxy or proxy_for(str(configuration.host))
         client = ApiClient(configuration)
         client.user_agent = names.MANAGED_BY  # who wrote a field, in its managedFields
         return cls(client)
@@ -189,7 +195,7 @@ class HttpCluster:
         """
         query = {"resourceVersion": "0"} | ({"labelSelector": selector} if selector else {})
         path = f"{_path(kind, namespace)}?{urlencode(query)}"
-        return (await self._call("GET", path, accept=METADATA_ONLY)).get("items") or []
+        return (await self._call("GET", path, accept=METADATA_OF_ALL)).get("items") or []
 
     async def list(self, kind: Kind, namespace: str, selector: str) -> list[Body]:
         """All objects that match a label selector; for tests and tools."""
@@ -206,11 +212,11 @@ class HttpCluster:
 
     async def create(self, kind: Kind, namespace: str, body: Body) -> Body:
         """See Cluster."""
-        return await self._call("POST", _path(kind, namespace), body)
+        return await self._call("POST", _path(kind, namespace), body, _answer_wanted(kind))
 
     async def patch(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
         """See Cluster."""
-        return await self._call("PATCH", _path(kind, namespace, name), patch)
+        return await self._call("PATCH", _path(kind, namespace, name), patch, _answer_wanted(kind))
 
     async def patch_status(self, kind: Kind, namespace: str, name: str, patch: Body) -> Body:
         """See Cluster."""
@@ -238,17 +244,34 @@ class HttpCluster:
         headers = {"Accept": accept, "Content-Type": "application/json"}
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
-        request = await self._client.param_serialize(
-            method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
+        # Without the body, which is plain already: making it so takes longer than sending it.
+        _, url, headers, *_ = await self._client.param_serialize(
+            method, path, header_params=headers, auth_settings=["BearerToken"]
         )
         timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, connect=CONNECT_SECONDS)
         try:
-            answer = await self._client.call_api(*request, _request_timeout=timeout)  # pyright: ignore[reportArgumentType] - the client's hints say int, aiohttp takes this
+            answer = await self._client.call_api(
+                method,
+                url,
+                headers,
+                body,
+                _request_timeout=timeout,  # pyright: ignore[reportArgumentType] - the client's hints say int, aiohttp takes this
+            )
             data = await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
         wait = str(answer.headers.get("Retry-After", ""))
         return _Answer(answer.status, data.decode(errors="replace"), wait).body()
+
+
+def proxy_for(url: str) -> str | None:
+    """What HTTPS_PROXY, NO_PROXY and their kin say about an address."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+
+
+def _answer_wanted(kind: Kind) -> str:
+    return METADATA if kind is Kind.POD else "application/json"
 
 
 def _in_cluster() -> bool:

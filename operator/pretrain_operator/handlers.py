@@ -3,6 +3,9 @@
 Only level-based parts of kopf are used. A handler never decides and never writes: it marks the job
 dirty, and the next round reads how things are. So there is nothing kopf would have to remember on
 the object: no finalizer (deleting a job works while the operator is away), no annotation.
+
+Of a thousand jobs there are many thousand pods, and several events of each: what is kept of a pod
+is what is read of it, and kopf is kept from copying objects to find out what changed in them.
 """
 
 import logging
@@ -19,6 +22,7 @@ from pretrain_operator.reconcile import Key, job_of
 log = logging.getLogger(__name__)
 
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
+POD_SPEC = ("nodeName", "terminationGracePeriodSeconds")
 Registry = kopf.OperatorRegistry
 Index = kopf.Index[Key, Mapping[str, Any]]
 
@@ -70,6 +74,13 @@ class PodCache:
             self._gone.discard(item.uid)
 
 
+def lean(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read of a pod; the whole takes ten times the memory."""
+    meta = {key: value for key, value in body["metadata"].items() if key != "managedFields"}
+    spec = {key: body["spec"][key] for key in POD_SPEC if key in body["spec"]}
+    return {"metadata": meta, "spec": spec, "status": dict(body.get("status") or {})}
+
+
 def newer(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> Mapping[str, Any]:
     """The later of two versions of an object."""
     if one is None:
@@ -118,7 +129,7 @@ def build_registry(
     @kopf.index("v1", "pods", id="worker_pods", labels=ours, registry=registry)
     async def _(body: kopf.Body, **_: Any) -> dict[Key, Mapping[str, Any]] | None:
         key = job_of(body)
-        return {key: dict(body)} if key else None
+        return {key: lean(body)} if key else None
 
     @kopf.on.event("v1", "pods", id="pod_changed", registry=registry)
     async def _(event: kopf.RawEvent, body: kopf.Body, **_: Any) -> None:
@@ -141,6 +152,41 @@ def build_registry(
     return registry
 
 
+class NoDifferences(kopf.DiffBaseStorage):
+    """No handler asks what changed, so nothing is copied and compared for it."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:
+        """Nothing that could differ."""
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:
+        """There was nothing before."""
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Nothing is remembered."""
+
+
+class NoProgress(kopf.ProgressStorage):
+    """No handler is ever repeated by kopf, so nothing is written down about it."""
+
+    def fetch(self, *, key: Any, body: kopf.Body) -> None:
+        """Nothing was."""
+
+    def store(self, *, key: Any, record: Any, body: kopf.Body, patch: kopf.Patch) -> None:
+        """Nothing is."""
+
+    def purge(self, *, key: Any, body: kopf.Body, patch: kopf.Patch) -> None:
+        """There is nothing."""
+
+    def touch(self, *, body: kopf.Body, patch: kopf.Patch, value: str | None) -> None:
+        """Nothing is."""
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        """As it is: it has nothing of ours."""
+        return essence
+
+
 def configure(settings: kopf.OperatorSettings) -> None:
     """Settings of kopf itself."""
     # Without this every pod of the cluster would be sent here, only to be thrown away.
@@ -151,6 +197,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     # Needs no right to watch CRDs and namespaces.
     settings.scanning.disabled = True
     settings.posting.enabled = False
+    settings.persistence.diffbase_storage = NoDifferences()
+    settings.persistence.progress_storage = NoProgress()
     settings.persistence.finalizer = f"{names.GROUP}/operator"
     # A burst of events is one round anyway, so nothing is gained by waiting for its end.
     settings.queueing.idle_timeout = 1.0

@@ -402,6 +402,8 @@ async def gather_surroundings(
     claim = await _find(cluster, Kind.CLAIM, namespace, wanted) if wanted else None
     if job.job is None:
         return Surroundings(claim=parse_claim(claim)) if claim else None
+    if not _members(job):  # to be decided first: nothing else is created in this round
+        return Surroundings(claim=parse_claim(claim) if claim else None)
     config = await _find(cluster, Kind.CONFIG_MAP, namespace, config_name(job.meta.name))
     policy = await _find(cluster, Kind.NETWORK_POLICY, namespace, policy_name(job.meta.name))
     return Surroundings(
@@ -412,11 +414,14 @@ async def gather_surroundings(
 
 
 def _needs_surroundings(job: Job, pods: tuple[Pod, ...]) -> bool:
-    members = job.status.assignment.workers if job.status.assignment else ()
-    known = {pod.name for pod in pods}
+    members, known = _members(job), {pod.name for pod in pods}
     changed = job.status.observed_generation != job.meta.generation
     finished = job.status.completion_time is not None  # rounds are rare then, and its last ones
     return finished or changed or not members or any(member.pod not in known for member in members)
+
+
+def _members(job: Job) -> tuple[Member, ...]:
+    return job.status.assignment.workers if job.status.assignment else ()
 
 
 async def gather_lost_nodes(

@@ -9,8 +9,9 @@ from pretrain_api import names
 from pretrain_operator import audit
 from pretrain_operator.audit import INTERVAL_SECONDS, Audit, item_of, reached
 from pretrain_operator.cluster import Body, ClusterError, Kind
-from pretrain_operator.handlers import PodCache
+from pretrain_operator.handlers import PodCache, lean
 from pretrain_operator.metrics import Metrics
+from pretrain_operator.observe import belongs, parse_pod
 from pretrain_operator.reconcile import Key
 from pretrain_operator.testing import MemoryCluster
 
@@ -198,3 +199,15 @@ def test_versions_are_growing_numbers() -> None:
     assert not reached("9", "10")
     assert reached("a", "a")
     assert not reached("b", "a")
+
+
+def test_what_is_kept_of_a_pod_is_all_that_is_read_of_it() -> None:
+    status = {"phase": "Failed", "podIP": "10.0.0.1", "containerStatuses": []}
+    spec = {"nodeName": "n", "terminationGracePeriodSeconds": 90, "containers": ["large"]}
+    labels = {names.LABEL_WORKER: "1", names.LABEL_GENERATION: "2"}
+    meta = {"name": "a", "uid": "u", "labels": labels, "ownerReferences": [{"uid": "job"}]}
+    whole = {"metadata": {**meta, "managedFields": ["large"]}, "spec": spec, "status": status}
+    kept = lean(whole)
+    assert "large" not in str(kept)
+    assert parse_pod(kept) == parse_pod(whole)
+    assert belongs(kept, "job")

@@ -19,6 +19,7 @@ from pretrain_operator.cluster import (
     Kind,
     NotFoundError,
     RefusedError,
+    proxy_for,
 )
 
 
@@ -208,3 +209,21 @@ async def test_the_definition_is_there_or_not(client: HttpCluster, server: Recor
     assert await client.serves_jobs()
     server.status = 404
     assert not await client.serves_jobs()
+
+
+async def test_writing_a_pod_asks_for_no_more_than_its_metadata(
+    client: HttpCluster, server: Recorder
+) -> None:
+    await client.create(Kind.POD, "team", {"metadata": {"name": "a"}})
+    assert "as=PartialObjectMetadata;" in server.accept
+    await client.create(Kind.LEASE, "team", {"metadata": {"name": "a"}})
+    assert server.accept == "application/json"
+
+
+async def test_a_proxy_of_the_environment_is_used_but_where_it_says_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert proxy_for("https://api.example:6443") == "http://proxy.example:3128"
+    assert proxy_for("https://127.0.0.1:6443") is None
