@@ -45,6 +45,7 @@ class Client:
     port: int
     tls: ssl.SSLContext = field(repr=False)
     headers: dict[str, str] = field(default_factory=dict[str, str], repr=False)
+    timeout: float = TIMEOUT_SECONDS  # of every read
 
     @classmethod
     def of(cls, kubeconfig: Path) -> Self:
@@ -62,10 +63,12 @@ class Client:
         return cls(host, int(port or 443), tls)
 
     @classmethod
-    def by_token(cls, url: str, tls: ssl.SSLContext, token: str) -> Self:
+    def by_token(
+        cls, url: str, tls: ssl.SSLContext, token: str, timeout: float = TIMEOUT_SECONDS
+    ) -> Self:
         """Whoever a token belongs to."""
         host, _, port = url.removeprefix("https://").partition(":")
-        return cls(host, int(port or 443), tls, {"Authorization": f"Bearer {token}"})
+        return cls(host, int(port or 443), tls, {"Authorization": f"Bearer {token}"}, timeout)
 
     def connect(self, timeout: float | None = TIMEOUT_SECONDS) -> http.client.HTTPSConnection:
         """A new connection; ``timeout`` in seconds is that of every read."""
@@ -76,7 +79,7 @@ class Client:
     ) -> str:
         """The answer's text. Raises ApiError for any status but 2xx, and without an answer."""
         text = None if body is None else json.dumps(body)
-        with closing(self.connect()) as connection:
+        with closing(self.connect(self.timeout)) as connection:
             try:
                 connection.request(method, path, text, {"Content-Type": kind, **self.headers})
                 response = connection.getresponse()

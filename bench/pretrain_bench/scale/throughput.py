@@ -33,6 +33,7 @@ MANAGER = "kube-controller-manager"
 NAMESPACE = "many"
 PODS_PER_JOB = 8
 PATIENCE_SECONDS = 900.0
+ANSWER_SECONDS = 120.0  # deleting a thousand jobs is one request
 LOOK_SECONDS = 0.05
 KILLED = 100  # pods at once, of as many jobs
 AT_ONCE = 8  # requests of ours under way
@@ -255,7 +256,8 @@ def compare(count: int, nodes: int) -> list[Result]:
             controllers, users=[OPERATOR], requests_per_second=QPS, scheduler=True
         ) as plane,
     ):
-        folder, client = Path(name), Client.by_token(plane.url, plane.tls(), plane.token)
+        folder = Path(name)
+        client = Client.by_token(plane.url, plane.tls(), plane.token, ANSWER_SECONDS)
         prepare(client, repository() / "manifests" / "base" / "crds")
         with (
             kwok.nodes(plane, client, nodes, folder),
