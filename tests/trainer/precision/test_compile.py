@@ -148,6 +148,17 @@ def test_each_job_has_a_cache_of_its_own_on_its_volume(
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_torch_itself_has_not_chosen(
+    run_config: MakeConfig, environment: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    default = cache_dir()  # as torch does when it is imported
+    assert os.environ[CACHE_VARIABLE] == default
+    set_up_compiler(run_config(compile={"enable": True}), "uid-1")
+    assert os.environ[CACHE_VARIABLE].startswith(run_config().job.dump_folder)
+
+
 def test_whoever_chose_a_cache_keeps_it(
     run_config: MakeConfig, environment: pytest.MonkeyPatch
 ) -> None:

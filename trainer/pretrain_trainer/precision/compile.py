@@ -41,7 +41,7 @@ def set_up_compiler(config: RunConfig, job_uid: str) -> None:
     """
     output = Path(config.job.dump_folder)
     plan_memory(config.activation_checkpoint, output / PARETO_FOLDER)
-    if config.compile.enable and CACHE_VARIABLE not in os.environ:
+    if config.compile.enable and not cache_chosen():
         folder = output / CACHE_FOLDER / (job_uid or "local")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -49,6 +49,13 @@ def set_up_compiler(config: RunConfig, job_uid: str) -> None:
             logger.warning("%s: compiled code is not kept there: %s", folder, error.strerror)
         else:
             os.environ[CACHE_VARIABLE] = str(folder.absolute())
+
+
+def cache_chosen() -> bool:
+    """Whether somebody set the variable. torch does too, to its default, when it is imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.environ.get(CACHE_VARIABLE) not in (None, os.path.abspath(default_cache_dir()))
 
 
 def plan_memory(config: ActivationCheckpoint, drawings: Path) -> None:
