@@ -23,7 +23,13 @@ OTHER_DEFAULTS = {
     "comm.trace_buf_size": "the recorder isn't built, so it is off",
 }
 READERS = ("trainer", "operator", "cli")
-OUR_KEYS = {"training.epochs", "training.non_finite", "training.data_streams", "schema_version"}
+OUR_KEYS = {
+    "model.attn_mask_type",  # a property of flavors there
+    "schema_version",
+    "training.data_streams",
+    "training.epochs",
+    "training.non_finite",
+}
 
 
 def minimal(**sections: dict[str, Any]) -> dict[str, Any]:

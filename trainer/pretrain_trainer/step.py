@@ -18,8 +18,10 @@ from pretrain_trainer.alive import Alive
 from pretrain_trainer.data.loader import Loader, Microbatch, StepBatch
 from pretrain_trainer.errors import HopelessError
 from pretrain_trainer.loss import valid_tokens
+from pretrain_trainer.models.attention import Documents
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.optim import set_learning_rate
+from pretrain_trainer.parallel.context import own_part
 from pretrain_trainer.parallel.fsdp import sync_gradients
 from pretrain_trainer.parallel.mesh import Mesh
 from pretrain_trainer.parallel.norm import total_norm
@@ -124,9 +126,13 @@ def accumulate(machine: Machine, microbatches: list[Microbatch], step_tokens: in
     total = torch.zeros((), dtype=torch.float32, device=machine.device)
     for number, microbatch in enumerate(microbatches, start=1):
         sync_gradients(machine.model, number == len(microbatches))
-        tokens = microbatch.tokens.to(machine.device, non_blocking=True)
-        labels = microbatch.labels.to(machine.device, non_blocking=True)
-        loss = machine.model(tokens, labels=labels) / max(1, step_tokens)
+        tokens, labels, positions = (
+            tensor.to(machine.device, non_blocking=True)
+            for tensor in own_part(microbatch, machine.mesh)
+        )
+        documents = Documents(microbatch.document_ids)
+        sums = machine.model(tokens, positions, labels, documents)
+        loss = sums / max(1, step_tokens)
         loss.backward()
         total += loss.detach()
     # Ranks that split matrices compute the same loss; one of them counts.

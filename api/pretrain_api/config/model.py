@@ -49,6 +49,9 @@ class Model(Section):
     no effect otherwise."""
     print_after_conversion: bool = False
     """Write the model's structure to the log after the converters ran."""
+    attn_mask_type: Literal["causal", "block_causal"] = "causal"
+    """What a token attends to: all before it in its sequence, or only those of its own document
+    (block_causal)."""
 
     rules: ClassVar = (
         Rule(

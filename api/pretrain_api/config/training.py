@@ -164,7 +164,9 @@ class Parallelism(Section):
     context_parallel_degree: Positive = 1
     """Number of ranks each sequence is split over."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """With context parallelism: how keys and values travel between ranks."""
+    """With context parallelism: whether keys and values of all ranks are gathered at once
+    (allgather), or travel from neighbour to neighbour around a ring (alltoall), which needs less
+    memory."""
     expert_parallel_degree: Positive = 1
     """Number of ranks the experts of a layer are split over."""
     expert_tensor_parallel_degree: Positive = 1

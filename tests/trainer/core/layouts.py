@@ -26,6 +26,7 @@ KEYS = {
     "replicate": "data_parallel_replicate_degree",
     "tp": "tensor_parallel_degree",
     "cp": "context_parallel_degree",
+    "rotate": "context_parallel_rotate_method",
     "pp": "pipeline_parallel_degree",
     "ep": "expert_parallel_degree",
     "etp": "expert_tensor_parallel_degree",
@@ -40,6 +41,7 @@ def recompute(mode: str, option: str = "2") -> dict[str, dict[str, Any]]:
 
 
 COMPILE: dict[str, dict[str, Any]] = {"compile": {"enable": True}}
+BLOCK_CAUSAL: dict[str, dict[str, Any]] = {"model": {"attn_mask_type": "block_causal"}}
 
 LLAMA: dict[str, Cell] = {
     "fsdp 2": cell(2),
@@ -59,9 +61,20 @@ LLAMA: dict[str, Cell] = {
     "fsdp 2 x tp 2, compile, selective ac": cell(
         4, tp=2, sections=COMPILE | recompute("selective", "op")
     ),
+    "cp 2, allgather": cell(2, cp=2, rotate="allgather"),
+    "cp 2, alltoall": cell(2, cp=2, rotate="alltoall"),
+    "cp 4": cell(4, cp=4, rotate="alltoall"),
+    "fsdp 2 x cp 2": cell(4, cp=2),
+    "tp 2 x cp 2": cell(4, tp=2, cp=2, rotate="alltoall"),
+    "fsdp 2, block causal": cell(2, sections=BLOCK_CAUSAL),
+    "cp 2, block causal": cell(2, cp=2, sections=BLOCK_CAUSAL),
+    "tp 2 x cp 2, block causal": cell(4, tp=2, cp=2, rotate="alltoall", sections=BLOCK_CAUSAL),
+    "cp 2, full ac": cell(2, cp=2, sections=recompute("full")),
+    "cp 2, selective ac": cell(2, cp=2, rotate="alltoall", sections=recompute("selective", "op")),
+    "cp 2, compile, selective ac": cell(2, cp=2, sections=COMPILE | recompute("selective", "op")),
 }
 
-CHOSEN = ("fsdp 2", "hsdp 2x2", "fsdp 2 x tp 2")
+CHOSEN = ("fsdp 2", "hsdp 2x2", "fsdp 2 x tp 2", "fsdp 2 x cp 2")
 
 ALL = os.environ.get("PRETRAIN_TEST_MATRIX") == "all"
 

@@ -80,7 +80,9 @@ def compare(
 def test_a_layout_computes_what_one_process_does(
     ranks: Ranks, run_config: MakeConfig, references: dict[str, Any], name: str
 ) -> None:
-    compare(ranks, run_config, references, LLAMA[name], {"flavor": "tiny"})
+    cell = LLAMA[name]
+    model = {"flavor": "tiny", **cell.sections.get("model", {})}
+    compare(ranks, run_config, references, cell, model)
 
 
 @pytest.mark.parametrize("name", picked(LLAMA))

@@ -4,7 +4,7 @@ Written as mathematics on one device. Sharding, recomputation and compilation ar
 outside (:mod:`pretrain_trainer.parallel.parallelize`), block by block, which is why the model is a
 dictionary of equal blocks between an embedding and an output. Parameters carry torchtitan's names.
 Attention is causal over the packed sequence, as in torchtitan: documents that share a sequence see
-their predecessors.
+their predecessors, unless ``model.attn_mask_type`` keeps them apart.
 
 The rotary table travels from the model into every block as an argument, in float32 even when the
 blocks compute in bfloat16: a position of 8,000 has no room in bfloat16's eight bits.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain_api.flavors.llama3 import LlamaShape, RopeScaling
+from pretrain_trainer.models.attention import Core, Documents, causal
 from pretrain_trainer.models.base import Constant, Distribution, LanguageModel, Normal
 
 STD = 0.02  # of every projection's initial values, before scaling by depth
@@ -66,31 +67,25 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention in which groups of query heads share a key and value head."""
+    """Attention in which groups of query heads share a key and value head."""
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
+        self.core: Core = causal
         self.head_dim = shape.head_dim
         self.wq = nn.Linear(shape.dim, shape.n_heads * shape.head_dim, bias=False)
         self.wk = nn.Linear(shape.dim, shape.n_kv_heads * shape.head_dim, bias=False)
         self.wv = nn.Linear(shape.dim, shape.n_kv_heads * shape.head_dim, bias=False)
         self.wo = nn.Linear(shape.n_heads * shape.head_dim, shape.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, documents: Tensor | None = None) -> Tensor:
         """[batch, tokens, dim] to the same; ``rope`` as in :func:`rotate`."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.wq, self.wk, self.wv)
         )
         query, key = rotate(query, rope), rotate(key, rope)
-        mixed = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return self.wo(mixed.transpose(1, 2).flatten(-2))
+        return self.wo(self.core(query, key, value, documents).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -117,9 +112,9 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, documents: Tensor | None = None) -> Tensor:
         """[batch, tokens, dim] to the same; ``rope`` as in :func:`rotate`."""
-        x = x + self.attention(self.attention_norm(x), rope)
+        x = x + self.attention(self.attention_norm(x), rope, documents=documents)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -146,15 +141,20 @@ class Llama3(LanguageModel):
         self.register_buffer("rope", table, persistent=False)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Logits of the next token, or their loss.
 
         Args:
             tokens: int64 [batch, tokens].
-            positions: integer [batch, tokens]; None counts from 0 in every sequence.
+            positions: integer [tokens] or [batch, tokens]; None counts from 0 in every sequence.
             labels: int64 [batch, tokens]; only where the output was taught to make the loss of
                 them (:func:`pretrain_trainer.head.fuse_loss`).
+            documents: which of them tokens belong to; attention may stay within them.
 
         Returns:
             [batch, tokens, vocab_size] in the blocks' dtype; with labels what the output makes of
@@ -162,9 +162,10 @@ class Llama3(LanguageModel):
         """
         table = cast(Tensor, self.rope)
         rope = table[: tokens.shape[1]] if positions is None else table[positions]
+        ids = None if documents is None else documents.ids
         x = self.tok_embeddings(tokens)
         for block in self.layers.values():
-            x = block(x, rope)
+            x = block(x, rope, ids)
         x = self.norm(x)
         return self.output(x) if labels is None else self.output(x, labels)
 

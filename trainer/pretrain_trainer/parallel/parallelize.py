@@ -11,7 +11,7 @@ from torch import nn
 from pretrain_api.config import RunConfig
 from pretrain_trainer.head import fuse_loss
 from pretrain_trainer.models.base import LanguageModel
-from pretrain_trainer.parallel import fsdp, tensor
+from pretrain_trainer.parallel import context, fsdp, tensor
 from pretrain_trainer.parallel.mesh import Mesh
 from pretrain_trainer.precision.activation_checkpoint import checkpoint_activations
 from pretrain_trainer.precision.compile import compile_blocks
@@ -19,6 +19,7 @@ from pretrain_trainer.precision.compile import compile_blocks
 
 def parallelize(model: LanguageModel, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
     """Turn a meta model into this rank's part of one to train, in place; values are undefined."""
+    context.split(model, config, mesh)
     if mesh.tp is not None:
         tensor.split(model, config, mesh.tp)
     fuse_loss(model.output, config, mesh.tp)

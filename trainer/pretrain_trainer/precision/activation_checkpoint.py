@@ -26,6 +26,7 @@ from torch.utils.checkpoint import (
 
 from pretrain_api.config import ActivationCheckpoint
 from pretrain_trainer.models.base import LanguageModel
+from pretrain_trainer.parallel.context import SPLIT_ATTENTION
 from pretrain_trainer.precision.layers import linears, require_names
 
 aten = torch.ops.aten
@@ -39,6 +40,7 @@ COSTLY = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
         aten.max.default,  # one number, for which float8 reads a whole tensor
+        SPLIT_ATTENTION,
     )
 )
 
@@ -117,7 +119,7 @@ def _recompute(block: nn.Module, early_stop: bool, **options: Callable[..., Any]
         checkpoint, use_reentrant=False, preserve_rng_state=False, early_stop=early_stop, **options
     )
 
-    def recomputed(x: Tensor, rope: Tensor) -> Tensor:
-        return run(forward, x, rope)
+    def recomputed(*inputs: Tensor | None) -> Tensor:
+        return run(forward, *inputs)
 
     block.forward = recomputed
