@@ -71,11 +71,11 @@ _VARIABLES = {
     "first": _key("pipeline_parallel_first_stage_less_layers", "1"),
     "last": _key("pipeline_parallel_last_stage_less_layers", "1"),
     "single": _names(lambda schedule: schedule.most == 1),
-    # 0 where it can't be known without the number of layers.
+    # 0 where it can't be known without the number of layers or the file of the schedule.
     "stages": f"({_MODULES[0]} ? {_MODULES[1]}.size() : "
-    f"!{_EACH[0]} ? pp * (single ? 1 : 2) : "
+    f"!{_EACH[0]} ? (csv ? 0 : pp * (single ? 1 : 2)) : "
     f"known ? (layers + first + last + {_EACH[1]} - 1) / {_EACH[1]} : 0)",
-    "dealt": f"pp > 1 && known && !{_MODULES[0]}",  # layers, over stages
+    "dealt": f"pp > 1 && known && stages > 0 && !{_MODULES[0]}",  # layers, over stages
     "size": _key("pipeline_parallel_microbatch_size", "1"),
     "microbatches": "local / size",
 }

@@ -21,6 +21,8 @@ OTHER_DEFAULTS = {
     "job.dump_folder": "ours is ./outputs, as in the examples people copy",
     "training.dataset": "required: a sample that isn't ours can't be the default",
     "comm.trace_buf_size": "the recorder isn't built, so it is off",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "unset splits by cost",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "unset splits by cost",
 }
 READERS = ("trainer", "operator", "cli")
 OUR_KEYS = {
@@ -194,8 +196,8 @@ def test_dataset_is_required() -> None:
         ),
         (
             {"model": {"flavor": "7B"}},
-            "model.flavor: llama3 has no flavor 7B, only tiny, debugmodel, 8B, 70B, 405B; did you "
-            "mean 70B?",
+            "model.flavor: llama3 has no flavor 7B, only tiny, tiny8, debugmodel, 8B, 70B, 405B; "
+            "did you mean 70B?",
         ),
         (
             {"model": {"name": "qwen3"}},

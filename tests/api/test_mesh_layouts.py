@@ -365,7 +365,7 @@ def test_layers_and_stages_are_dealt_out_once(
         return
     count = stage_count(parallelism, layers)
     assert count is not None
-    dealt = stage_layers(parallelism, layers)
+    dealt = stage_layers(parallelism, count, layers)
     assert len(dealt) == count
     assert sum(dealt) == layers
     assert min(dealt[1:-1], default=1) > 0

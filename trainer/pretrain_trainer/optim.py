@@ -6,20 +6,22 @@ its full size at once and a checkpoint has something to load into.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from pretrain_api.config import LRScheduler, Optimizer
+from pretrain_trainer.models.base import named_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's two moments
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(parts: Iterable[nn.Module], config: Optimizer) -> torch.optim.Optimizer:
     """AdamW over all parameters, as torchtitan has it: norms are decayed as well."""
+    parameters = [parameter for _, parameter in named_parameters(parts)]
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        parameters,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -27,7 +29,7 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimize
         fused=config.implementation == "fused",
         foreach=config.implementation == "foreach",
     )
-    for parameter in model.parameters():
+    for parameter in parameters:
         # Adam wants its step count beside the parameter when fused, and on the host otherwise.
         place = parameter.device if config.implementation == "fused" else torch.device("cpu")
         optimizer.state[parameter] = {
@@ -45,7 +47,9 @@ def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
             value.zero_()
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(
+    parts: Iterable[nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """The optimizer's live state, flat, keyed by parameter name: ``state.<name>.exp_avg`` etc.
 
     Loading into these tensors restores the optimizer. Hyperparameters are not state: they come from
@@ -53,7 +57,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     """
     return {
         f"state.{name}.{key}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in named_parameters(parts)
         for key, value in optimizer.state[parameter].items()
     }
 

@@ -7,6 +7,7 @@ one that takes the filled tensors back. What is not loaded keeps its fresh value
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class TrainState:
 
 def state_tensors(
     state: TrainState,
-    model: nn.Module,
+    parts: Sequence[nn.Module],
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     control: dist.ProcessGroup,
@@ -59,11 +60,12 @@ def state_tensors(
 ) -> dict[str, Any]:
     """Everything a checkpoint holds. Collective, in the control group.
 
-    The weights and moments are the live ones, everything else are copies.
+    The weights and moments are the live ones, everything else are copies. Of those, a rank has only
+    what is in its own parts of the model.
     """
     return {
-        "model": plain(model.state_dict()),
-        "optimizer": optimizer_state(model, optimizer),
+        "model": {k: v for part in parts for k, v in plain(part.state_dict()).items()},
+        "optimizer": optimizer_state(parts, optimizer),
         "lr_scheduler": {"step": torch.tensor(state.schedule_step)},
         "data_loader": {
             "cursors": gather_rows(loader.cursors(), control, mesh),

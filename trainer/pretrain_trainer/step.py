@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +16,12 @@ from pretrain_api.wire import Order
 from pretrain_trainer.agreement import Count, agree, count
 from pretrain_trainer.alive import Alive
 from pretrain_trainer.data.loader import Loader, Microbatch, StepBatch
+from pretrain_trainer.engine import Engine, Inputs
 from pretrain_trainer.errors import HopelessError
 from pretrain_trainer.loss import valid_tokens
-from pretrain_trainer.models.attention import Documents
-from pretrain_trainer.models.base import LanguageModel
+from pretrain_trainer.models.base import LanguageModel, named_parameters
 from pretrain_trainer.optim import set_learning_rate
 from pretrain_trainer.parallel.context import own_part
-from pretrain_trainer.parallel.fsdp import sync_gradients
 from pretrain_trainer.parallel.mesh import Mesh
 from pretrain_trainer.parallel.norm import total_norm
 from pretrain_trainer.state import TrainState
@@ -34,7 +33,8 @@ MAX_SKIPPED = 10  # steps in a row without finite gradients before training is g
 class Machine:
     """What a step works with; stays the same from step to step."""
 
-    model: LanguageModel
+    parts: tuple[LanguageModel, ...]  # of the model, on this rank; without a pipeline it is one
+    engine: Engine
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # of the step about to be taken, from 0
     loader: Loader
@@ -100,7 +100,7 @@ def run_step(
     rate = machine.learning_rate(state.schedule_step)
     set_learning_rate(machine.optimizer, rate)
     loss = accumulate(machine, batch.microbatches, agreed.valid_tokens)
-    grad_norm = clip_gradients(machine.model, training.max_norm, machine.mesh)
+    grad_norm = clip_gradients(machine.parts, training.max_norm, machine.mesh)
     finite = math.isfinite(grad_norm)
     if finite:
         machine.optimizer.step()
@@ -116,7 +116,7 @@ def accumulate(machine: Machine, microbatches: list[Microbatch], step_tokens: in
     """Forward and backward of all microbatches; gradients are reduced with the last.
 
     Args:
-        machine: model and loss.
+        machine: what computes them.
         microbatches: this rank's, at least one.
         step_tokens: valid tokens of all ranks' microbatches; the loss is a mean over them.
 
@@ -125,27 +125,23 @@ def accumulate(machine: Machine, microbatches: list[Microbatch], step_tokens: in
     """
     total = torch.zeros((), dtype=torch.float32, device=machine.device)
     for number, microbatch in enumerate(microbatches, start=1):
-        sync_gradients(machine.model, number == len(microbatches))
         tokens, labels, positions = (
             tensor.to(machine.device, non_blocking=True)
             for tensor in own_part(microbatch, machine.mesh)
         )
-        documents = Documents(microbatch.document_ids)
-        sums = machine.model(tokens, positions, labels, documents)
-        loss = sums / max(1, step_tokens)
-        loss.backward()
-        total += loss.detach()
+        inputs = Inputs(tokens, labels, positions, microbatch.document_ids)
+        total += machine.engine(inputs, max(1, step_tokens), last=number == len(microbatches))
     # Ranks that split matrices compute the same loss; one of them counts.
     return total if machine.mesh.at.tp == 0 else torch.zeros_like(total)
 
 
-def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> float:
+def clip_gradients(parts: Iterable[nn.Module], max_norm: float, mesh: Mesh) -> float:
     """Scale all gradients so that their total norm is at most ``max_norm``. Collective.
 
     Returns:
         The norm before; the same number on every rank.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = [p for _, p in named_parameters(parts) if p.grad is not None]
     norm = total_norm([p.grad for p in parameters if p.grad is not None], mesh)
     clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)

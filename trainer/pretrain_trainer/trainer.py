@@ -14,11 +14,14 @@ from pretrain_trainer.checkpoint.errors import SaveFailedError
 from pretrain_trainer.checkpoint.manager import CheckpointManager, Identity
 from pretrain_trainer.data.loader import build_loader
 from pretrain_trainer.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain_trainer.engine import Engine, Whole
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.init import initialise
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.models.registry import build_model
 from pretrain_trainer.optim import build_optimizer, reset_optimizer, schedule
+from pretrain_trainer.parallel import pipeline
+from pretrain_trainer.parallel.mesh import Mesh
 from pretrain_trainer.parallel.parallelize import parallelize
 from pretrain_trainer.precision.compile import set_up_compiler
 from pretrain_trainer.precision.convert import convert
@@ -129,7 +132,7 @@ class Trainer:
         machine = self.machine
         return state_tensors(
             self.state,
-            machine.model,
+            machine.parts,
             machine.optimizer,
             machine.loader,
             machine.control,
@@ -173,13 +176,15 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
     log_start(config, world, model)
     set_up_compiler(config, world.place.job_uid)
     convert(model, config, world.device)
-    parallelize(model, config, world.mesh, world.device)
-    initialise(model, training.seed or 0, world.device, supervision.alive)
-    optimizer = build_optimizer(model, config.optimizer)
-    precompute_scales(model, optimizer, config)
+    parts, engine = place_model(model, config, world.mesh, world.device)
+    for part in parts:
+        initialise(part, training.seed or 0, world.device, supervision.alive)
+    optimizer = build_optimizer(parts, config.optimizer)
+    engine = precompute_scales(parts, engine, optimizer, config)
     factor = schedule(config.lr_scheduler, training.steps)
     machine = Machine(
-        model=model,
+        parts=parts,
+        engine=engine,
         optimizer=optimizer,
         learning_rate=lambda step: config.optimizer.lr * factor(step),
         loader=loader,
@@ -191,6 +196,23 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
     made_with = fingerprint(model, tokenizer)
     checkpoints = open_checkpoints(config, world.place, made_with, world.control, supervision.alive)
     return Trainer(config, world, machine, supervision, telemetry, checkpoints)
+
+
+def place_model(
+    model: LanguageModel, config: RunConfig, mesh: Mesh, device: torch.device
+) -> tuple[tuple[LanguageModel, ...], Engine]:
+    """What this rank has of a meta model, with undefined values, and how it computes with it.
+
+    Without a pipeline that is the model itself, changed in place.
+    """
+    if mesh.pp is None:
+        parallelize(model, config, mesh, device)
+        return (model,), Whole(model)
+    plan = pipeline.plan(model, config, mesh)
+    parts = plan.cut(model)
+    for part in parts:
+        parallelize(part, config, mesh, device)
+    return parts, pipeline.connect(parts, plan, config, mesh, device)
 
 
 def fingerprint(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:

@@ -143,22 +143,30 @@ class Parallelism(Section):
     enable_async_tensor_parallel: bool = False
     """With tensor parallelism: overlap communication with products."""
     pipeline_parallel_degree: Positive = 1
-    """Number of stages the layers are split over."""
+    """Number of ranks the layers are split over, in one stage or several on each."""
     module_fqns_per_model_part: (
         Annotated[tuple[Names, ...], Field(strict=False, max_length=MAX_LIST)] | None
     ) = None
-    """With pipelines: names of the modules of each stage."""
-    pipeline_parallel_first_stage_less_layers: NonNegative = 1
-    """With pipelines: number of layers the first stage has less, in exchange for the embedding."""
-    pipeline_parallel_last_stage_less_layers: NonNegative = 1
-    """With pipelines: number of layers the last stage has less, in exchange for the output."""
+    """With pipelines: the modules of each stage by name, all in the order of the model:
+    tok_embeddings, layers.0 and so on, norm, output. Unset splits by cost: the FLOPs of the
+    costliest stage are as few as can be."""
+    pipeline_parallel_first_stage_less_layers: NonNegative | None = None
+    """With pipelines: number of layers the first stage has less, in exchange for the embedding. If
+    this, the same for the last stage, or pipeline_parallel_layers_per_stage is set, stages have
+    equal numbers of layers instead of equal costs, and whichever of the two is unset is 1."""
+    pipeline_parallel_last_stage_less_layers: NonNegative | None = None
+    """With pipelines: number of layers the last stage has less, in exchange for the output; see
+    pipeline_parallel_first_stage_less_layers."""
     pipeline_parallel_layers_per_stage: Positive | None = None
-    """With pipelines: number of layers of each stage. Unset spreads them evenly."""
+    """With pipelines: number of layers of each stage, which says how many stages there are. Unset
+    is one stage per rank for GPipe and 1F1B and two for others."""
     pipeline_parallel_schedule: Text = "1F1B"
-    """With pipelines: the order in which stages work on microbatches."""
+    """With pipelines: the order in which stages work on microbatches: GPipe, 1F1B, Interleaved1F1B,
+    LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV."""
     pipeline_parallel_schedule_csv: Text | None = ""
-    """With pipelines: file with an order of microbatches of one's own. Unset is
-    pipeline_parallel_schedule."""
+    """With pipelines: file with an order of one's own, in the place of a named one: a line for each
+    rank with what it does, such as 0F1 for the forward pass of microbatch 1 in stage 0, B for
+    backward, I and W for backward to inputs and weights."""
     pipeline_parallel_microbatch_size: Positive = 1
     """With pipelines: number of sequences in a microbatch."""
     context_parallel_degree: Positive = 1

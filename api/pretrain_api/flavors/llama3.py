@@ -56,6 +56,10 @@ FLAVORS = MappingProxyType(
         "tiny": LlamaShape(
             dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=None, multiple_of=32
         ),
+        # The same with enough layers for several stages on each rank of a pipeline.
+        "tiny8": LlamaShape(
+            dim=32, n_layers=8, n_heads=4, n_kv_heads=2, vocab_size=None, multiple_of=32
+        ),
         "debugmodel": LlamaShape(
             dim=256, n_layers=6, n_heads=16, n_kv_heads=16, vocab_size=None
         ),

@@ -28,6 +28,7 @@ from pretrain_api.mesh.layout import largest_tensor_degree, layout_rules, shape_
 from pretrain_api.mesh.pipeline import (
     SCHEDULES,
     Schedule,
+    counts_layers,
     schedule_of,
     stage_count,
     stage_layers,
@@ -43,6 +44,7 @@ __all__ = [
     "Schedule",
     "batch_plan",
     "blamed",
+    "counts_layers",
     "divisors",
     "largest_tensor_degree",
     "legal_replicas",

@@ -1,6 +1,7 @@
 """Pipelines: how layers become stages, stages go to ranks, and what a schedule needs.
 
-The arithmetic is torchtitan's. The embedding counts as some layers of the first stage and the
+Stages are cut by cost (:mod:`pretrain_api.split`) unless a key about layers per stage is set. Then
+the arithmetic is torchtitan's: the embedding counts as some layers of the first stage and the
 output as some of the last (``pipeline_parallel_first_stage_less_layers`` and ``..._last_...``), and
 layers are dealt out evenly over stages, early ones taking what doesn't come out even. What each
 schedule asks of stages and microbatches is what torch's class of that name checks, or what would
@@ -56,7 +57,10 @@ def schedule_of(parallelism: Parallelism) -> Schedule:
 
 
 def stage_count(parallelism: Parallelism, n_layers: int | None) -> int | None:
-    """Stages of the whole pipeline; None if that takes the number of layers, which is unknown."""
+    """Stages of the whole pipeline.
+
+    None if that takes the number of layers, which is unknown, or the file of the schedule.
+    """
     degree = parallelism.pipeline_parallel_degree
     if degree == 1:
         return 1
@@ -68,22 +72,31 @@ def stage_count(parallelism: Parallelism, n_layers: int | None) -> int | None:
         return -(
             -_weighted(parallelism, n_layers) // parallelism.pipeline_parallel_layers_per_stage
         )
+    if parallelism.pipeline_parallel_schedule_csv:
+        return None
     single = schedule_of(parallelism).most == 1
     return degree if single else 2 * degree
 
 
-def stage_layers(parallelism: Parallelism, n_layers: int) -> tuple[int, ...]:
-    """Layers in each stage, in order; they add up to ``n_layers``.
+def counts_layers(parallelism: Parallelism) -> bool:
+    """Whether stages are to have equal numbers of layers rather than equal costs."""
+    keys = (
+        parallelism.pipeline_parallel_layers_per_stage,
+        parallelism.pipeline_parallel_first_stage_less_layers,
+        parallelism.pipeline_parallel_last_stage_less_layers,
+    )
+    return keys != (None, None, None)
+
+
+def stage_layers(parallelism: Parallelism, count: int, n_layers: int) -> tuple[int, ...]:
+    """Layers in each stage where they are counted, in order; they add up to ``n_layers``.
 
     For a layout that keeps the rules of this module and names no modules of its own.
     """
-    count = stage_count(parallelism, n_layers) or 1
-    if count == 1:
-        return (n_layers,)
     each, left = divmod(_weighted(parallelism, n_layers), count)
     layers = [each + (stage < left) for stage in range(count)]
-    layers[0] -= parallelism.pipeline_parallel_first_stage_less_layers
-    layers[-1] -= parallelism.pipeline_parallel_last_stage_less_layers
+    layers[0] -= _less(parallelism, "first")
+    layers[-1] -= _less(parallelism, "last")
     return tuple(layers)
 
 
@@ -162,8 +175,7 @@ def _layers(parallelism: Parallelism, count: int, n_layers: int) -> Iterator[Bro
         return
     each = _weighted(parallelism, n_layers) // count
     for place in ("first", "last"):
-        name = f"pipeline_parallel_{place}_stage_less_layers"
-        less = getattr(parallelism, name)
+        name, less = f"pipeline_parallel_{place}_stage_less_layers", _less(parallelism, place)
         if less > each:
             wrong = f"{less} is more than the {each} layers of a stage"
             yield Broken(f"parallelism.{name}", wrong, tuple(range(n_layers + 1)), near=less)
@@ -208,8 +220,10 @@ def _around(number: int, stages: int) -> tuple[int, ...]:
 
 def _weighted(parallelism: Parallelism, n_layers: int) -> int:
     """Layers, counting embedding and output as the layers they stand for."""
-    return (
-        n_layers
-        + parallelism.pipeline_parallel_first_stage_less_layers
-        + parallelism.pipeline_parallel_last_stage_less_layers
-    )
+    return n_layers + _less(parallelism, "first") + _less(parallelism, "last")
+
+
+def _less(parallelism: Parallelism, place: str) -> int:
+    """Layers that the embedding (first) or the output (last) stands for."""
+    less: int | None = getattr(parallelism, f"pipeline_parallel_{place}_stage_less_layers")
+    return 1 if less is None else less

@@ -5,21 +5,47 @@ each technique, for every run of the tests; ``make test-matrix`` takes all of th
 """
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
 class Cell(NamedTuple):
-    """One layout."""
+    """One layout; its sections say of which model."""
 
     ranks: int
     sections: dict[str, dict[str, Any]]
 
 
-def cell(ranks: int, *, sections: dict[str, dict[str, Any]] | None = None, **degrees: Any) -> Cell:
-    """A layout with degrees such as ``tp=2``, and changes to other sections."""
+def cell(
+    ranks: int,
+    *,
+    sections: dict[str, dict[str, Any]] | None = None,
+    flavor: str = "tiny",
+    **degrees: Any,
+) -> Cell:
+    """A layout of llama3 with degrees such as ``tp=2``, and changes to other sections."""
     parallelism = {KEYS.get(name, name): value for name, value in degrees.items()}
-    merged = {"parallelism": parallelism, **(sections or {})}
-    return Cell(ranks, merged)
+    changed = sections or {}
+    model = {"name": "llama3", "flavor": flavor, **changed.get("model", {})}
+    return Cell(ranks, {"parallelism": parallelism, **changed, "model": model})
+
+
+def alone(cell: Cell) -> Cell:
+    """One process with the model of a cell."""
+    return Cell(1, {"model": cell.sections["model"]})
+
+
+def pipeline(
+    ranks: int,
+    schedule: str = "1F1B",
+    *,
+    local: int = 2,
+    sections: dict[str, dict[str, Any]] | None = None,
+    **degrees: Any,
+) -> Cell:
+    """A layout with a pipeline, and so many sequences in a local batch."""
+    changed = {"training": {"local_batch_size": local}, **(sections or {})}
+    return cell(ranks, sections=changed, **{"pp": 2, "schedule": schedule, **degrees})
 
 
 KEYS = {
@@ -31,6 +57,10 @@ KEYS = {
     "ep": "expert_parallel_degree",
     "etp": "expert_tensor_parallel_degree",
     "schedule": "pipeline_parallel_schedule",
+    "csv": "pipeline_parallel_schedule_csv",
+    "by_hand": "module_fqns_per_model_part",
+    "layers_per_stage": "pipeline_parallel_layers_per_stage",
+    "microbatch": "pipeline_parallel_microbatch_size",
     "reshard": "fsdp_reshard_after_forward",
 }
 
@@ -74,7 +104,60 @@ LLAMA: dict[str, Cell] = {
     "cp 2, compile, selective ac": cell(2, cp=2, sections=COMPILE | recompute("selective", "op")),
 }
 
-CHOSEN = ("fsdp 2", "hsdp 2x2", "fsdp 2 x tp 2", "fsdp 2 x cp 2")
+SELECTIVE = recompute("selective", "op")
+SCHEDULE = str(Path(__file__).with_name("schedule.csv"))
+
+PIPELINES: dict[str, Cell] = {
+    "pp 2, 1F1B": pipeline(2),
+    "pp 2, GPipe": pipeline(2, "GPipe"),
+    "pp 2, GPipe, microbatches of 2": pipeline(2, "GPipe", local=4, microbatch=2),
+    "pp 2, Interleaved1F1B": pipeline(2, "Interleaved1F1B", flavor="tiny8"),
+    "pp 2, LoopedBFS": pipeline(2, "LoopedBFS", flavor="tiny8"),
+    "pp 2, InterleavedZeroBubble": pipeline(2, "InterleavedZeroBubble", flavor="tiny8"),
+    "pp 2, ZBVZeroBubble": pipeline(2, "ZBVZeroBubble", flavor="tiny8"),
+    "pp 2, DualPipeV": pipeline(2, "DualPipeV", local=4, flavor="tiny8"),
+    "pp 2, from a file": pipeline(2, csv=SCHEDULE),
+    "pp 2, by hand": pipeline(
+        2, by_hand=(("tok_embeddings", "layers.0", "layers.1"), ("norm", "output"))
+    ),
+    "pp 2, embedding alone": pipeline(
+        2, by_hand=(("tok_embeddings",), ("layers.0", "layers.1", "norm", "output"))
+    ),
+    "pp 2, Interleaved1F1B, layers counted": pipeline(
+        2, "Interleaved1F1B", layers_per_stage=3, flavor="tiny8"
+    ),
+    "pp 2, full ac": pipeline(2, sections=recompute("full")),
+    "pp 2, selective ac": pipeline(2, sections=SELECTIVE),
+    "pp 2, ZBVZeroBubble, selective ac": pipeline(
+        2, "ZBVZeroBubble", sections=SELECTIVE, flavor="tiny8"
+    ),
+    "pp 2, InterleavedZeroBubble, always": pipeline(
+        2, "InterleavedZeroBubble", reshard="always", flavor="tiny8"
+    ),
+    "pp 2, compile": pipeline(2, sections=COMPILE),
+    "pp 2, ZBVZeroBubble, compile": pipeline(2, "ZBVZeroBubble", sections=COMPILE, flavor="tiny8"),
+    "pp 4, 1F1B": pipeline(4, pp=4, local=4, flavor="tiny8"),
+    "pp 4, ZBVZeroBubble": pipeline(4, "ZBVZeroBubble", pp=4, local=4, flavor="tiny8"),
+    "fsdp 2 x pp 2": pipeline(4),
+    "fsdp 2 x pp 2, always": pipeline(4, reshard="always"),
+    "fsdp 2 x pp 2, InterleavedZeroBubble": pipeline(4, "InterleavedZeroBubble", flavor="tiny8"),
+    "fsdp 2 x pp 2, DualPipeV": pipeline(4, "DualPipeV", local=4, flavor="tiny8"),
+    "tp 2 x pp 2": pipeline(4, tp=2),
+    "tp 2 x pp 2, embedding alone": pipeline(
+        4, tp=2, by_hand=(("tok_embeddings",), ("layers.0", "layers.1", "norm", "output"))
+    ),
+    "tp 2 x pp 2, ZBVZeroBubble": pipeline(4, "ZBVZeroBubble", tp=2, flavor="tiny8"),
+    "tp 2 x pp 2, selective ac": pipeline(4, tp=2, sections=SELECTIVE),
+    "cp 2 x pp 2": pipeline(4, cp=2, rotate="alltoall"),
+    "cp 2 x pp 2, ZBVZeroBubble, block causal": pipeline(
+        4, "ZBVZeroBubble", cp=2, sections=BLOCK_CAUSAL, flavor="tiny8"
+    ),
+    "tp 2 x cp 2 x pp 2": pipeline(8, tp=2, cp=2),
+    "hsdp 2x2 x pp 2": pipeline(8, replicate=2),
+}
+LLAMA |= PIPELINES
+
+CHOSEN = ("fsdp 2", "hsdp 2x2", "fsdp 2 x tp 2", "fsdp 2 x cp 2", "pp 2, ZBVZeroBubble")
 
 ALL = os.environ.get("PRETRAIN_TEST_MATRIX") == "all"
 

@@ -377,10 +377,11 @@ def of_the_middle_document(config: RunConfig, others: int) -> tuple[list[bytes],
         whole = Microbatch(tokens, labels, torch.zeros_like(ids), ids)
         own = context.own_part(whole, world.mesh)
         documents = Documents(ids)
-        logits = machine.model(own.tokens, own.positions, documents=documents)
-        machine.model(own.tokens, own.positions, own.labels, documents).backward()
+        logits = machine.parts[0](own.tokens, own.positions, documents=documents)
+        machine.parts[0](own.tokens, own.positions, own.labels, documents).backward()
         grads = [
-            getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in machine.model.parameters()
+            getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
+            for p in machine.parts[0].parameters()
         ]
         seen = logits[own.labels != IGNORED].detach()
         assert any(grad.any() for grad in grads)

@@ -22,7 +22,7 @@ def observed(config: RunConfig) -> dict[str, Any]:
     from torch.distributed.tensor.debug import CommDebugMode
 
     with joined_world(config, Place.from_environment(os.environ)) as world:
-        model = build_trainer(config, world, Supervision(world.place)).machine.model
+        (model,) = build_trainer(config, world, Supervision(world.place)).machine.parts
         tokens = torch.arange(32).view(1, 32)
         seen: dict[str, Any] = {}
         for _ in range(2):

@@ -21,7 +21,7 @@ import pytest
 from pretrain_api.config import RunConfig
 from pretrain_trainer.checkpoint.digest import digests
 
-from .layouts import ALL, CHOSEN, LLAMA, Cell, picked
+from .layouts import ALL, CHOSEN, LLAMA, Cell, alone, picked
 from .watched import Array, copy_checkpoint, watched_steps
 
 Ranks = Callable[..., Any]
@@ -52,18 +52,15 @@ def references() -> dict[str, Any]:
     return {}
 
 
-def compare(
-    ranks: Ranks, make: MakeConfig, references: dict[str, Any], cell: Cell, model: dict[str, Any]
-) -> None:
+def compare(ranks: Ranks, make: MakeConfig, references: dict[str, Any], cell: Cell) -> None:
     changes = {
-        "model": model,
         "training": {"steps": STEPS, "global_batch_size": 8},
         "checkpoint": {"enable": False},
     }
-    key = str(model)
+    reference = alone(cell)
+    key = str(reference)
     if key not in references:
-        alone = Cell(1, {})
-        references[key] = observe(ranks, alone, configured(make, alone, **changes))
+        references[key] = observe(ranks, reference, configured(make, reference, **changes))
     expected, curve = references[key]
     gradients, losses = observe(ranks, cell, configured(make, cell, **changes))
     assert losses[0] == pytest.approx(curve[0], rel=LOSS)
@@ -80,9 +77,7 @@ def compare(
 def test_a_layout_computes_what_one_process_does(
     ranks: Ranks, run_config: MakeConfig, references: dict[str, Any], name: str
 ) -> None:
-    cell = LLAMA[name]
-    model = {"flavor": "tiny", **cell.sections.get("model", {})}
-    compare(ranks, run_config, references, cell, model)
+    compare(ranks, run_config, references, LLAMA[name])
 
 
 @pytest.mark.parametrize("name", picked(LLAMA))
@@ -108,7 +103,12 @@ def pairs() -> list[tuple[str, str]]:
     """Every layout to one process and back, and ten random pairs; a few of them if not all."""
     names = picked(LLAMA)
     draw = random.Random(7)
-    mixed = [(draw.choice(names), draw.choice(names)) for _ in range(10 if ALL else 2)]
+    mixed = []
+    for _ in range(10 if ALL else 2):
+        source = draw.choice(names)
+        model = LLAMA[source].sections["model"]
+        others = [name for name in names if LLAMA[name].sections["model"] == model]
+        mixed.append((source, draw.choice(others)))
     return [*((name, "alone") for name in names), *(("alone", name) for name in names), *mixed]
 
 
@@ -116,7 +116,7 @@ def pairs() -> list[tuple[str, str]]:
 def test_every_layout_reads_what_any_other_wrote(
     ranks: Ranks, run: Run, run_config: MakeConfig, source: str, target: str
 ) -> None:
-    cells = {"alone": Cell(1, {}), **LLAMA}
+    cells = {"alone": alone(LLAMA[target if source == "alone" else source]), **LLAMA}
     steps = {"training": {"steps": 2}, "checkpoint": {"last_save_model_only": False}}
     written = configured(run_config, cells[source], **steps)
     run(cells[source].ranks, written)

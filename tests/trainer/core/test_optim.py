@@ -69,14 +69,14 @@ def test_early_state_is_the_state_torch_would_make(implementation: str) -> None:
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
         optimizer = build_optimizer(
-            model, Optimizer.model_validate({"implementation": implementation})
+            [model], Optimizer.model_validate({"implementation": implementation})
         )
         if not early:
             optimizer.state.clear()
         for _ in range(3):
             model(torch.ones(1, 3)).sum().backward()
             optimizer.step()
-        return model, optimizer_state(model, optimizer)
+        return model, optimizer_state([model], optimizer)
 
     (ours, state), (theirs, expected) = trained(early=True), trained(early=False)
     assert torch.equal(ours.weight, theirs.weight)

@@ -45,8 +45,10 @@ def poisoned_steps(config: RunConfig, poisoned: list[int]) -> dict[str, Any]:
             def poison(model: Any, inputs: Any, loss: Any, bad: bool = bad) -> Any:
                 return loss * (math.inf if bad else 1.0)
 
-            hook = machine.model.register_forward_hook(poison)
-            weight = trainer.machine.model.norm.weight
+            hook = machine.parts[-1].register_forward_hook(poison)
+            norm = machine.parts[-1].norm
+            assert norm is not None
+            weight = norm.weight
             before = weight.full_tensor().clone()  # pyright: ignore[reportCallIssue]  # a DTensor
             try:
                 report = take_step(trainer)

@@ -10,6 +10,7 @@ from pretrain_api.config import RunConfig
 from pretrain_api.wire import Order
 from pretrain_trainer import step as step_module
 from pretrain_trainer.alive import unwatched
+from pretrain_trainer.models.base import named_parameters
 from pretrain_trainer.settings import Place
 from pretrain_trainer.supervision import Supervision
 from pretrain_trainer.trainer import build_trainer, open_checkpoints
@@ -26,12 +27,12 @@ def watched_steps(config: RunConfig) -> tuple[dict[str, Array], list[float]]:
         gradients: dict[str, Array] = {}
         clip = step_module.clip_gradients
 
-        def look(model: Any, *rest: Any) -> float:
+        def look(parts: Any, *rest: Any) -> float:
             if trainer.state.step == 0:
-                for name, parameter in model.named_parameters():
+                for name, parameter in named_parameters(parts):
                     whole = getattr(parameter.grad, "full_tensor", lambda p=parameter: p.grad)()
                     gradients[name] = whole.cpu().numpy().copy()
-            return clip(model, *rest)
+            return clip(parts, *rest)
 
         losses = []
         with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """What the trainer needs to know about any language model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,12 +31,16 @@ class LanguageModel(nn.Module, ABC):
     The four attributes are the units in which parallelism, recomputation and compilation are put
     on. A call takes int64 tokens [batch, tokens] and returns logits [batch, tokens, vocab_size], or
     passes ``labels`` on to an output that makes a loss of them.
+
+    It may also be a part of a model, which other parts complete: blocks are missing, while those
+    that are there keep their keys, and each of the other attributes may be None. A part without
+    embedding takes the stream, [batch, tokens, dim], and one without output returns it.
     """
 
-    tok_embeddings: nn.Embedding
+    tok_embeddings: nn.Embedding | None
     layers: nn.ModuleDict
-    norm: nn.RMSNorm
-    output: nn.Linear
+    norm: nn.RMSNorm | None
+    output: nn.Linear | None
 
     @abstractmethod
     def distributions(self) -> dict[str, Distribution]:
@@ -50,5 +55,15 @@ class LanguageModel(nn.Module, ABC):
         """What the same weights would compute differently with, by name; shapes don't tell it."""
 
     @abstractmethod
+    def costs(self) -> dict[str, int]:
+        """Model FLOPs of training on one token, of each unit by name, in the order of the model."""
+
     def flops_per_token(self) -> int:
         """Model FLOPs of training on one token, the numerator of MFU."""
+        return sum(self.costs().values())
+
+
+def named_parameters(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Of all parts of a model. Names are those of the whole model, so none comes twice."""
+    for part in parts:
+        yield from part.named_parameters()

@@ -147,11 +147,13 @@ class Llama3(LanguageModel):
         labels: Tensor | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Logits of the next token, or their loss.
+        """Logits of the next token, or their loss; of a part without output, the stream.
 
         Args:
-            tokens: int64 [batch, tokens].
-            positions: integer [tokens] or [batch, tokens]; None counts from 0 in every sequence.
+            tokens: int64 [batch, tokens]; for a part without embedding the stream, [batch, tokens,
+                dim], which ranks of a tensor-parallel group may have split by position.
+            positions: integer [tokens] or [batch, tokens]; None counts from 0 in every sequence,
+                which is as long as the rotary table where it came as a stream.
             labels: int64 [batch, tokens]; only where the output was taught to make the loss of
                 them (:func:`pretrain_trainer.head.fuse_loss`).
             documents: which of them tokens belong to; attention may stay within them.
@@ -160,13 +162,19 @@ class Llama3(LanguageModel):
             [batch, tokens, vocab_size] in the blocks' dtype; with labels what the output makes of
             them.
         """
-        table = cast(Tensor, self.rope)
-        rope = table[: tokens.shape[1]] if positions is None else table[positions]
+        rope = cast(Tensor, self.rope)
+        if positions is not None:
+            rope = rope[positions]
+        elif self.tok_embeddings is not None:  # the length of a stream would tell nothing
+            rope = rope[: tokens.shape[1]]
         ids = None if documents is None else documents.ids
-        x = self.tok_embeddings(tokens)
+        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         for block in self.layers.values():
             x = block(x, rope, ids)
-        x = self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.output is None:
+            return x
         return self.output(x) if labels is None else self.output(x, labels)
 
     def init_buffers(self) -> None:
@@ -214,13 +222,23 @@ class Llama3(LanguageModel):
         }
         return {"family": "llama3", **{name: str(number) for name, number in numbers.items()}}
 
-    def flops_per_token(self) -> int:
-        """Model FLOPs of one trained token by torchtitan's formula.
+    def costs(self) -> dict[str, int]:
+        """Model FLOPs of one trained token by torchtitan's formula, for each unit.
 
         6 per parameter outside the input embedding (2 forward, 4 backward), and 12 per layer,
         feature and token of the sequence for attention, causality not discounted. Recomputation
         doesn't count.
         """
-        used = sum(p.numel() for p in self.parameters()) - self.tok_embeddings.weight.numel()
-        features = self.shape.n_heads * self.shape.head_dim
-        return 6 * used + 12 * self.shape.n_layers * features * self.seq_len
+        attention = 12 * self.shape.n_heads * self.shape.head_dim * self.seq_len
+        blocks = {f"layers.{key}": block for key, block in self.layers.items()}
+        return {
+            "tok_embeddings": 0,
+            **{name: _products(block) + attention for name, block in blocks.items()},
+            "norm": _products(self.norm),
+            "output": _products(self.output),
+        }
+
+
+def _products(module: nn.Module | None) -> int:
+    """FLOPs of a module's parameters for one trained token."""
+    return 0 if module is None else 6 * sum(p.numel() for p in module.parameters())

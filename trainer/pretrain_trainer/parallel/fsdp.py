@@ -2,7 +2,8 @@
 
 Each block is a unit: its parameters are gathered just before it runs and freed after. The embedding
 is a unit, and norm and output together are another, because they run back to back. The root takes
-what is left, which is nothing, but starts the prefetching.
+what is left, which is nothing, but starts the prefetching. Of a part of a pipeline the units that
+are there are sharded.
 
 Two choices differ from FSDP2's defaults. Gradients are summed, not averaged: the loss is already
 divided by the number of tokens in the whole step, which rank counts can't tell. And inputs of units
@@ -34,22 +35,28 @@ def shard(model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
         "mp_policy": mixed_precision(config.training),
         "offload_policy": offload(config.training, mesh.dense.device_type),
     }
-    reshard = reshard_after_forward(config.parallelism.fsdp_reshard_after_forward)
-    fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)
+    policy = config.parallelism.fsdp_reshard_after_forward
+    reshard = reshard_after_forward(policy, pipelined=mesh.pp is not None)
+    if model.tok_embeddings is not None:
+        fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)
     for block in model.layers.values():
         fully_shard(block, **options, reshard_after_forward=reshard)
     # The backward pass begins with these: what the forward pass gathered last is needed first.
-    last_reshard = config.parallelism.fsdp_reshard_after_forward == "always"
-    fully_shard([model.norm, model.output], **options, reshard_after_forward=last_reshard)
+    ends: list[nn.Module] = [module for module in (model.norm, model.output) if module is not None]
+    if ends:
+        fully_shard(ends, **options, reshard_after_forward=policy == "always")
     fully_shard(model, **options)
     sum_gradients(model)
 
 
-def reshard_after_forward(policy: str | int) -> bool | int:
-    """FSDP2's form of the key; "default" frees parameters, as it does without pipelines."""
+def reshard_after_forward(policy: str | int, *, pipelined: bool) -> bool | int:
+    """FSDP2's form of the key.
+
+    "default" frees parameters, but not in a pipeline: it would gather them for every microbatch.
+    """
     if isinstance(policy, int):
         return policy
-    return policy != "never"
+    return policy == "always" or (policy == "default" and not pipelined)
 
 
 def mixed_precision(training: Training) -> MixedPrecisionPolicy:

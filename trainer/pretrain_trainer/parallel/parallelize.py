@@ -1,4 +1,4 @@
-"""The one place that composes what is done to a model before it trains.
+"""The one place that composes what is done to a model, or to a part of one, before it trains.
 
 Order matters. Splitting matrices changes what a block computes on this rank, recomputation wraps
 the result, the compiler sees both, and sharding, which talks between blocks, stays outside. Only
@@ -18,11 +18,12 @@ from pretrain_trainer.precision.compile import compile_blocks
 
 
 def parallelize(model: LanguageModel, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
-    """Turn a meta model into this rank's part of one to train, in place; values are undefined."""
+    """Turn a meta model into this rank's share of one to train, in place; values are undefined."""
     context.split(model, config, mesh)
     if mesh.tp is not None:
         tensor.split(model, config, mesh.tp)
-    fuse_loss(model.output, config, mesh.tp)
+    if model.output is not None:
+        fuse_loss(model.output, config, mesh.tp)
     checkpoint_activations(model, config.activation_checkpoint)
     compile_blocks(model, config.compile)
     fsdp.shard(model, config, mesh)

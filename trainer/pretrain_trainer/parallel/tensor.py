@@ -48,17 +48,16 @@ def split(model: LanguageModel, config: RunConfig, tp: DeviceMesh) -> None:
         overlap(tp)
     for block in model.layers.values():
         parallelize_module(block, tp, block_plan())
-    outer: dict[str, ParallelStyle] = {
-        "tok_embeddings": RowwiseParallel(
-            input_layouts=Replicate(), output_layouts=Shard(POSITIONS)
-        ),
-        "norm": SequenceParallel(),
-    }
-    parallelize_module(model, tp, outer)
-    model.tok_embeddings.register_forward_hook(_arrived)
-    # Only the weight: what is done with it is the head's business, in one piece with the loss.
-    weight = distribute_tensor(model.output.weight, tp, [Shard(0)])
-    model.output.weight = nn.Parameter(weight)
+    if model.tok_embeddings is not None:
+        embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(POSITIONS))
+        parallelize_module(model.tok_embeddings, tp, embedding)
+        model.tok_embeddings.register_forward_hook(_arrived)
+    if model.norm is not None:
+        parallelize_module(model.norm, tp, SequenceParallel())
+    if model.output is not None:
+        # Only the weight: what is done with it is the head's business, in one piece with the loss.
+        weight = distribute_tensor(model.output.weight, tp, [Shard(0)])
+        model.output.weight = nn.Parameter(weight)
     # About changing a unit's output in place, which nothing here does.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 

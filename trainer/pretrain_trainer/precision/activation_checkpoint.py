@@ -66,7 +66,8 @@ def check_names(model: LanguageModel, config: ActivationCheckpoint) -> None:
 def checkpoint_activations(model: LanguageModel, config: ActivationCheckpoint) -> None:
     """Wrap the blocks of ``model`` in place, as ``config`` says."""
     cheap = recomputed_shapes(model, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
-    for number, block in enumerate(model.layers.values(), start=1):
+    for key, block in model.layers.items():
+        number = int(key) + 1  # in the whole model, of which this may be a part
         match config.mode, config.selective_ac_option:
             case "full", _:
                 _recompute(block, config.early_stop)

@@ -17,7 +17,7 @@ that is why this works over gloo too, which knows no float8.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pretrain_api.config import RunConfig
+from pretrain_trainer.engine import Engine, Inputs
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.precision.layers import choose, require_capability
 
@@ -78,32 +79,46 @@ def convert(model: LanguageModel, config: RunConfig, device: torch.device) -> No
 
 
 def precompute_scales(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig
-) -> None:
+    parts: Sequence[nn.Module], engine: Engine, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> Engine:
     """Have the scales of all weights computed together, where the configuration asks for it.
 
-    That is after each step of ``optimizer``, and before the first forward pass, so that a run that
-    was resumed has the same scales as one that went on.
+    That is after each step of ``optimizer``, and before the first use of the engine that is
+    returned, so that a run that was resumed has the same scales as one that went on.
     """
     options = config.quantize.linear.float8
     if not (options.enable_fsdp_float8_all_gather and CONVERTER in config.model.converters):
-        return
+        return engine
     # Computed one by one, a scale is that of what a rank of tensor parallelism has of the weight.
     split = config.parallelism.tensor_parallel_degree > 1
     if not (options.precompute_float8_dynamic_scale_for_fsdp or split):
-        return
+        return engine
     from pretrain_trainer.precision import ao
 
     def compute(*_: object) -> None:
-        ao.precompute_float8_dynamic_scale_for_fsdp(model)
+        for part in parts:
+            ao.precompute_float8_dynamic_scale_for_fsdp(part)
 
-    def compute_first(*_: object) -> None:
-        first.remove()
-        compute()
-
-    # Before FSDP's own hook, which gathers.
-    first = model.register_forward_pre_hook(compute_first, prepend=True)
     optimizer.register_step_post_hook(compute)
+    return _Scaled(engine, compute)
+
+
+@dataclasses.dataclass(slots=True)
+class _Scaled:
+    """An engine that computes scales before its first use.
+
+    A hook on the model would come too late where a pipeline gathers weights ahead of their use.
+    """
+
+    engine: Engine
+    compute: Callable[[], None]
+    done: bool = False
+
+    def __call__(self, inputs: Inputs, step_tokens: int, *, last: bool) -> Tensor:
+        if not self.done:
+            self.compute()
+            self.done = True
+        return self.engine(inputs, step_tokens, last=last)
 
 
 def eight_bit_flops(model: nn.Module) -> int:
