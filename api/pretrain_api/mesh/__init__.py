@@ -82,11 +82,12 @@ def resolve(parallelism: Parallelism, world_size: int) -> Degrees:
     if broken is None:
         return degrees_of(parallelism, world_size)
 
-    def legal(value: Value) -> bool:
+    def blame(value: Value) -> str | None:
         changed = parallelism.model_copy(update={broken.key.split(".")[1]: value})
-        return next(degree_rules(changed, world_size), None) is None
+        left = next(degree_rules(changed, world_size), None)
+        return left.key if left else None
 
-    raise _refusal(broken, legal)
+    raise _refusal(broken, blame)
 
 
 def batch_plan(config: Sections, world_size: int) -> BatchPlan:
@@ -99,10 +100,10 @@ def batch_plan(config: Sections, world_size: int) -> BatchPlan:
     if broken is None:
         return batch_of(config.training, degrees_of(config.parallelism, world_size).dp)
 
-    def legal(value: Value) -> bool:
-        return blamed(_with(config, broken.key, value), world_size) is None
+    def blame(value: Value) -> str | None:
+        return blamed(_with(config, broken.key, value), world_size)
 
-    raise _refusal(broken, legal, lambda: nearest_layouts(config, world_size))
+    raise _refusal(broken, blame, lambda: nearest_layouts(config, world_size))
 
 
 def blamed(config: Sections, world_size: int) -> str | None:
@@ -118,7 +119,7 @@ def split_batch(training: Training, dp: int) -> BatchPlan:
     """
     broken = next(batch_rules(training, dp), None)
     if broken is not None:
-        raise _refusal(broken, lambda value: True)
+        raise _refusal(broken, lambda value: None)
     return batch_of(training, dp)
 
 
@@ -189,11 +190,16 @@ def _with(config: Sections, key: str, value: Value) -> Sections:
 
 def _refusal(
     broken: Broken,
-    legal: Callable[[Value], bool],
+    blame: Callable[[Value], str | None],
     layouts: Callable[[], tuple[Degrees, ...]] = tuple,
 ) -> MeshError:
-    """The error, with what would do: values of the key, or whole layouts, or else a hint."""
-    good = tuple(value for value in broken.values if legal(value))
+    """The error, with what would do: values of the key, or whole layouts, or else a hint.
+
+    ``blame`` names what would be wrong with another value of the key. Where nothing would do,
+    because something else is wrong as well, values are offered that this key isn't blamed for.
+    """
+    blames = {value: blame(value) for value in broken.values}
+    good = tuple(value for value, key in blames.items() if key is None)
     if good:
         advice = offer(good, broken.near)
     elif broken.otherwise:
@@ -201,7 +207,8 @@ def _refusal(
     elif found := layouts():
         advice = "legal layouts near it: " + "; ".join(map(_told, found))
     else:
-        advice = offer(broken.values, broken.near)
+        better = tuple(value for value, key in blames.items() if key != broken.key)
+        advice = offer(better or broken.values, broken.near)
     return MeshError(broken.key, f"{broken.wrong}; {advice}")
 
 
