@@ -9,9 +9,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain_api.config import RunConfig
-from pretrain_trainer import head
-from pretrain_trainer.head import fuse_loss, portion
 from pretrain_trainer.loss import IGNORED, cross_entropy_sum
+from pretrain_trainer.parallel import head
+from pretrain_trainer.parallel.head import fuse_loss, portion
 
 MakeConfig = Callable[..., RunConfig]
 POSITIONS, DIM, VOCABULARY = 24, 16, 50

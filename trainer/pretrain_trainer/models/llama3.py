@@ -155,7 +155,7 @@ class Llama3(LanguageModel):
             positions: integer [tokens] or [batch, tokens]; None counts from 0 in every sequence,
                 which is as long as the rotary table where it came as a stream.
             labels: int64 [batch, tokens]; only where the output was taught to make the loss of
-                them (:func:`pretrain_trainer.head.fuse_loss`).
+                them (:func:`pretrain_trainer.parallel.head.fuse_loss`).
             documents: which of them tokens belong to; attention may stay within them.
 
         Returns:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pretrain_api.config import RunConfig
-from pretrain_trainer.head import fuse_loss
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.parallel import context, fsdp, tensor
+from pretrain_trainer.parallel.head import fuse_loss
 from pretrain_trainer.parallel.mesh import Mesh
 from pretrain_trainer.precision.activation_checkpoint import checkpoint_activations
 from pretrain_trainer.precision.compile import compile_blocks

@@ -5,7 +5,7 @@ the feed-forward layer, and the last ones by row, so their results are parts of 
 blocks the stream is split by position (sequence parallelism): summing the parts and splitting them
 is one reduce-scatter, and norms work on a rank's own positions only. Before the next products the
 positions are gathered. The embedding is split by vocabulary and feeds the stream in the same way;
-what the output does with its split is told in :mod:`pretrain_trainer.head`.
+what the output does with its split is told in :mod:`pretrain_trainer.parallel.head`.
 
 Modules are found by their names, which are torchtitan's in every family.
 """
