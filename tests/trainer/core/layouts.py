@@ -154,6 +154,7 @@ PIPELINES: dict[str, Cell] = {
     ),
     "tp 2 x cp 2 x pp 2": pipeline(8, tp=2, cp=2),
     "hsdp 2x2 x pp 2": pipeline(8, replicate=2),
+    "fsdp 2 x tp 2 x cp 2 x pp 2": pipeline(16, tp=2, cp=2),
 }
 LLAMA |= PIPELINES
 
