@@ -39,12 +39,22 @@ def buildah(layout: Layout, *words: str | Path) -> list[str]:
     return ["buildah", *storage, *options, *map(str, words)]
 
 
+def build_command(layout: Layout) -> list[str]:
+    """Composes the start of a build, which goes on as one of docker's does."""
+    options = ["--layers", "--isolation", "chroot", "--network", "host", *_mounts()]
+    return buildah(layout, "build", *options, "--build-arg", f"BASE_IMAGE={base_image()}")
+
+
+def push_command(layout: Layout) -> list[str]:
+    """Composes the start of a push, which goes on as one of docker's does."""
+    fast = ["--compression-format", "zstd", "--compression-level", "1"]
+    return buildah(layout, "push", "--tls-verify=false", *fast)
+
+
 def push(layout: Layout, image: str) -> str:
     """Pushes an image and returns its reference by digest."""
     with tempfile.NamedTemporaryFile("r") as digest:
-        run(*buildah(layout, "push", "--tls-verify=false", "--compression-format", "zstd",
-                "--compression-level", "1",
-                     "--digestfile", digest.name, image, f"docker://{image}"))  # fmt: skip
+        run(*push_command(layout), "--digestfile", digest.name, image, f"docker://{image}")
         repository = image.rpartition(":")[0]
         return f"{repository}@{digest.read().strip()}"
 
@@ -127,7 +137,7 @@ def build(
     Returns:
         References by digest, by target.
     """
-    base = ensure_base(layout, progress)
+    ensure_base(layout, progress)
     references = {}
     for target in targets:
         image = built_image(target)
@@ -135,11 +145,9 @@ def build(
             preflight.require_disk(layout, _BUILD_DISK[target], f"the image of the {target}")
         progress.say(f"building the image of the {target}")
         stream(
-            buildah(layout, "build", "--layers", "--isolation", "chroot", "--network", "host",
-                    *_mounts(), "--build-arg", f"BASE_IMAGE={base}", "--target", target,
-                    "--tag", image, "--file", source / "Dockerfile", source),
+            [*build_command(layout), "--target", target, "--tag", image, str(source)],
             lambda line: progress.say(line) if _STEP.match(line) else None,
-        )  # fmt: skip
+        )
         progress.say(f"pushing the image of the {target}")
         references[target] = push(layout, image)
     return references

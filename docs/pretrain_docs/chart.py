@@ -14,7 +14,7 @@ HEADER = """\
 
 Helm chart of the operator that trains large language models from PretrainJob resources.
 
-```
+```sh
 helm upgrade --install pretrain-operator charts/pretrain-operator \\
   --namespace pretrain-system --create-namespace \\
   --set image.registry=$REGISTRY --set trainerImage.registry=$REGISTRY

@@ -1,4 +1,4 @@
-"""The release: tested, upgraded, rolled back, removed, put back and doubled, while jobs run."""
+"""The release: upgraded, rolled back, removed, put back and doubled, while jobs run."""
 
 import itertools
 import json
@@ -50,16 +50,6 @@ def values_of(target: Target) -> list[str]:
     """Flags that give another release the images of this one."""
     found = json.loads(target.helm("get", "values", RELEASE, IN_SYSTEM, "--output=json"))
     return [f"--set-json={key}={json.dumps(found[key])}" for key in ("image", "trainerImage")]
-
-
-def test_helm_test_trains_a_tiny_job(target: Target) -> None:
-    said = target.helm("test", RELEASE, IN_SYSTEM, "--timeout=5m")
-    assert "Succeeded" in said
-    target.kubectl(
-        IN_SYSTEM, "wait", "pods", f"--selector={names.LABEL_JOB}", "--for=delete", "--timeout=90s"
-    )
-    left = target.kubectl(IN_SYSTEM, "get", "ptj,serviceaccounts,roles,pods", "-o", "name")
-    assert "-test" not in left
 
 
 def test_an_upgrade_and_a_rollback_start_nothing_again(steady: Scene, target: Target) -> None:
