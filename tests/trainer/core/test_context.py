@@ -26,7 +26,9 @@ from pretrain_trainer.loss import IGNORED
 from pretrain_trainer.models.attention import Documents
 from pretrain_trainer.models.llama3 import Llama3
 from pretrain_trainer.parallel import context, kernels
-from pretrain_trainer.parallel.context import Fill, Line, attend_split, backward, forward
+from pretrain_trainer.parallel.context import attend_split, backward, forward
+from pretrain_trainer.parallel.kernels import Tile
+from pretrain_trainer.parallel.line import Fill, Line
 from pretrain_trainer.precision.activation_checkpoint import checkpoint_activations
 from pretrain_trainer.settings import Place
 from pretrain_trainer.supervision import Supervision
@@ -52,6 +54,10 @@ class Case(NamedTuple):
     @property
     def seq_len(self) -> int:
         return self.chunk * (2 * self.degree if self.degree > 1 else 1)
+
+    def place(self, rank: int) -> Tensor:
+        """Positions of a rank."""
+        return context.own_chunks(torch.arange(self.seq_len), self.degree, rank)
 
     def ids(self) -> Tensor | None:
         return None if self.documents is None else torch.tensor(self.documents, dtype=torch.int32)
@@ -126,26 +132,39 @@ class Simulated(Line):
 @given(st.integers(1, 9), st.integers(1, 7))
 def test_ranks_share_positions_and_work_evenly(degree: int, chunk: int) -> None:
     seq_len = 2 * degree * chunk
-    shares = [context.own_positions(seq_len, degree, rank) for rank in range(degree)]
+    whole = torch.arange(seq_len)
+    shares = [context.own_chunks(whole, degree, rank) for rank in range(degree)]
     assert sorted(torch.cat(shares).tolist()) == list(range(seq_len))
     assert all(torch.equal(share, share.sort().values) for share in shares)
     assert len({int((share + 1).sum()) for share in shares}) == 1  # keys seen by all its queries
+
+
+def within(area: Tensor, tile: Tile, causal: bool) -> Tensor:
+    """Of a tile's [rows, queries, keys] what is seen."""
+    if not causal:
+        return area
+    ends = torch.tensor(
+        tile.ends or range(area.shape[1], area.shape[:2].numel() + 1, area.shape[1])
+    )
+    assert ends[-1] == area.shape[:2].numel()
+    square = torch.bucketize(torch.arange(int(ends[-1])), ends, right=True).view(area.shape[:2])
+    return area.tril() * (square[:, :, None] == square[:, None, :])
 
 
 @settings(deadline=None)
 @given(cases())
 def test_tiles_are_exactly_what_is_visible(case: Case) -> None:
     times = torch.zeros(case.batch, case.seq_len, case.seq_len, dtype=torch.int64)
-    places = [context.own_positions(case.seq_len, case.degree, r) for r in range(case.degree)]
+    places = [case.place(r) for r in range(case.degree)]
     for rank, other in itertools.product(range(case.degree), repeat=2):
         line = Simulated(None, rank, case.degree)
         tiles, causal = context.Sight(line, len(places[rank]), case.ids())(other)
-        for rows, queries, keys in tiles:
-            area = torch.ones(len(places[rank][queries]), len(places[other][keys])).long()
-            assert area.numel()
-            square = area.tril() if causal else area
-            where = torch.meshgrid(places[rank][queries], places[other][keys], indexing="ij")
-            times[rows][:, *where] += square
+        for tile in tiles:
+            mine, theirs = places[rank][tile.queries], places[other][tile.keys]
+            rows = len(times[tile.rows])
+            assert rows * len(mine) * len(theirs)
+            area = torch.ones(rows, len(mine), len(theirs), dtype=torch.int64)
+            times[tile.rows][:, mine[:, None], theirs] += within(area, tile, causal)
     assert torch.equal(times, case.visible().long())
 
 
@@ -154,7 +173,7 @@ def test_tiles_are_exactly_what_is_visible(case: Case) -> None:
 def test_parts_put_together_are_the_whole(case: Case) -> None:
     tensors = case.tensors()
     expected = whole_attention(case, tensors)
-    places = [context.own_positions(case.seq_len, case.degree, r) for r in range(case.degree)]
+    places = [case.place(r) for r in range(case.degree)]
     shares = [tuple(tensor[:, place] for tensor in tensors) for place in places]
     kvs = {rank: torch.cat(share[1:3], dim=-1) for rank, share in enumerate(shares)}
     sums = {rank: torch.zeros_like(kv) for rank, kv in kvs.items()}
@@ -181,7 +200,7 @@ def attend_together(
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     assert group is not None
-    place = context.own_positions(case.seq_len, case.degree, dist.get_rank())
+    place = case.place(dist.get_rank())
     *inputs, out_grad = (tensor[:, place] for tensor in case.tensors(dtype))
     inputs = [tensor.requires_grad_() for tensor in inputs]
     core = partial(attend_split, group=group.group_name, rotates=rotates, within=True)
@@ -214,7 +233,7 @@ def test_ranks_attend_together(
     case = Case(degree, 2, 32 // degree, 4, 2, 16, documents, seed=5)
     expected = whole_attention(case, tuple(t.double() for t in case.tensors(dtype)))
     for rank, found in enumerate(ranks(degree, attend_together, tuple(case), rotates, dtype)):
-        place = context.own_positions(case.seq_len, degree, rank)
+        place = case.place(rank)
         for ours, theirs in zip(found, expected, strict=True):
             part = theirs[:, place].numpy()
             limit = tolerance * float(np.abs(part).max())
@@ -327,7 +346,7 @@ def test_packing_for_a_gpu_computes_the_same_tiles(case: Case, data: st.DataObje
     rank = data.draw(st.integers(0, case.degree - 1))
     other = data.draw(st.integers(0, case.degree - 1))
     line = Simulated(None, rank, case.degree)
-    place = context.own_positions(case.seq_len, case.degree, rank)
+    place = case.place(rank)
     query, key, value, out_grad = (tensor[:, place] for tensor in case.tensors())
     tiles, causal = context.Sight(line, len(place), case.ids())(other)
     if not tiles:

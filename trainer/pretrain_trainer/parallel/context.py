@@ -2,12 +2,11 @@
 
 Outside of attention a token never looks at another, so each rank simply computes its own positions.
 In attention keys and values travel. ``allgather`` collects those of all ranks at once; ``alltoall``
-(torchtitan's name for it) hands them from neighbour to neighbour around a ring, so that no rank
-holds more than two parts while the next one travels behind the work on this one. What queries see
-of each part is computed on its own and merged by its log-sum-exp, exactly as over all keys at once
-(Liu et al., "Ring Attention with Blockwise Transformers", arXiv:2310.01889). The backward pass
-makes the same round; gradients of keys and values are added up in float32, on the way around the
-ring or in one reduce-scatter.
+(torchtitan's name for it) hands them from neighbour to neighbour around a ring
+(:mod:`pretrain_trainer.parallel.line`). What queries see of each part is computed on its own and
+merged by its log-sum-exp, exactly as over all keys at once (Liu et al., "Ring Attention with
+Blockwise Transformers", arXiv:2310.01889). The backward pass makes the same round and brings
+gradients of keys and values home.
 
 A late position sees more than an early one. The sequence is cut into twice as many chunks as there
 are ranks, and rank i takes chunk i and the i-th from the end: all do the same work, and whatever a
@@ -22,25 +21,19 @@ Attention is one operator to torch: recomputation can keep its results, and the 
 over.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import (
-    _resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
-)
 
 from pretrain_api.config import RunConfig
 from pretrain_trainer.data.loader import Microbatch
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.models.base import LanguageModel
-from pretrain_trainer.parallel.kernels import Tile, attend, attend_backward
+from pretrain_trainer.parallel.kernels import Seen, Tile, attend, attend_backward
+from pretrain_trainer.parallel.line import Line, line_of, wide
 from pretrain_trainer.parallel.mesh import Mesh
 
 
@@ -55,20 +48,21 @@ class Part(NamedTuple):
 def own_part(microbatch: Microbatch, mesh: Mesh) -> Part:
     """This rank's part of a microbatch, on the host; all of it if sequences are whole."""
     tokens, labels = microbatch.tokens, microbatch.labels
-    if mesh.degrees.cp == 1:
-        return Part(tokens, labels, torch.arange(tokens.shape[1]))
-    positions = own_positions(tokens.shape[1], mesh.degrees.cp, mesh.at.cp)
-    return Part(tokens[:, positions], labels[:, positions], positions)
+    positions = torch.arange(tokens.shape[1])
+    place = (mesh.degrees.cp, mesh.at.cp)
+    return Part(*(own_chunks(whole, *place) for whole in (tokens, labels, positions)))
 
 
-def own_positions(seq_len: int, degree: int, rank: int) -> Tensor:
-    """Positions of a sequence that ``rank`` of ``degree`` owns, ascending: int64.
+def own_chunks(whole: Tensor, degree: int, rank: int) -> Tensor:
+    """What ``rank`` of ``degree`` owns of sequences: [..., tokens] to [..., tokens / degree].
 
-    One chunk from the front and its mirror image from the back; ``seq_len`` must be a multiple of
+    One chunk from the front and its mirror image from the back; the length must be a multiple of
     twice the degree, which pretrain_api.mesh sees to. A single rank owns all.
     """
-    chunks = torch.arange(seq_len).view(2 * degree, -1) if degree > 1 else torch.arange(seq_len)
-    return torch.cat((chunks[rank], chunks[-1 - rank])) if degree > 1 else chunks
+    if degree == 1:
+        return whole
+    chunks = whole.unflatten(-1, (2 * degree, -1))
+    return torch.cat((chunks[..., rank, :], chunks[..., -1 - rank, :]), dim=-1)
 
 
 def split(model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
@@ -123,111 +117,6 @@ def attend_split(
     return out
 
 
-# Where keys and values are, and how they travel.
-
-Fill = Callable[[int, Tensor, Tensor], None]  # a rank's keys and values, and zeros for gradients
-
-
-@dataclass(frozen=True, slots=True)
-class Line(ABC):
-    """The ranks that share a sequence; ``group`` is None if this is the only one."""
-
-    group: dist.ProcessGroup | None
-    rank: int
-    degree: int
-
-    @abstractmethod
-    def visit(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Every rank's ``own`` with its rank, this one's first. Collective."""
-
-    @abstractmethod
-    def collect(self, own: Tensor, fill: Fill) -> Tensor:
-        """Visit every rank's ``own`` with a tensor to fill, and sum up what was filled for this.
-
-        Collective. Sums have the shape of ``own``, in :func:`wide` of its dtype.
-        """
-
-
-class Gathered(Line):
-    """All parts at once."""
-
-    def visit(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """See :class:`Line`; the others travel while this rank's own is worked on."""
-        everyone = own.new_empty((self.degree, *own.shape))
-        flat = everyone.flatten(0, 1)  # as gloo wants it
-        arrival = dist.all_gather_into_tensor(flat, own, self.group, async_op=True)
-        yield self.rank, own
-        cast(dist.Work, arrival).wait()
-        for step in range(1, self.degree):
-            other = (self.rank - step) % self.degree
-            yield other, everyone[other]
-
-    def collect(self, own: Tensor, fill: Fill) -> Tensor:
-        """See :class:`Line`."""
-        sums = torch.zeros((self.degree, *own.shape), dtype=wide(own.dtype), device=own.device)
-        for other, part in self.visit(own):
-            fill(other, part, sums[other])
-        mine = torch.empty_like(sums[0])
-        dist.reduce_scatter_tensor(mine, sums.flatten(0, 1), group=self.group)
-        return mine
-
-
-class Ring(Line):
-    """One part after the other, from each rank to the next. Alone it is a ring of one."""
-
-    def visit(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """See :class:`Line`; the next part travels while one is worked on."""
-        for step in range(self.degree):
-            passage = None if step == self.degree - 1 else self._pass_on(own)
-            yield (self.rank - step) % self.degree, own
-            if passage is not None:
-                own = passage.arrived()
-
-    def collect(self, own: Tensor, fill: Fill) -> Tensor:
-        """See :class:`Line`; a part's sum follows it around, and comes home in the end."""
-        passage, sums = None, own
-        for other, part in self.visit(own):
-            sums = torch.zeros_like(part, dtype=wide(part.dtype))
-            fill(other, part, sums)
-            if passage is not None:
-                sums += passage.arrived()
-            passage = self._pass_on(sums) if self.degree > 1 else None
-        return sums if passage is None else passage.arrived()
-
-    def _pass_on(self, leaving: Tensor) -> "_Passage":
-        arriving = torch.empty_like(leaving)
-        operations = [
-            dist.P2POp(dist.isend, leaving, group=self.group, group_peer=self._next(1)),
-            dist.P2POp(dist.irecv, arriving, group=self.group, group_peer=self._next(-1)),
-        ]
-        return _Passage(leaving, arriving, dist.batch_isend_irecv(operations))
-
-    def _next(self, distance: int) -> int:
-        return (self.rank + distance) % self.degree
-
-
-@dataclass(frozen=True, slots=True)
-class _Passage:
-    """A tensor on its way to the next rank, and one coming from the one before."""
-
-    leaving: Tensor  # kept until it has left
-    arriving: Tensor
-    work: list[dist.Work]
-
-    def arrived(self) -> Tensor:
-        for work in self.work:
-            work.wait()
-        return self.arriving
-
-
-def line_of(group: str, rotates: bool) -> Line:
-    """The ranks of the group of this name; this one alone if the name is empty."""
-    if not group:
-        return Ring(None, 0, 1)
-    found = _resolve_process_group(group)  # pyright: ignore[reportArgumentType]  # a str at run time
-    return (Ring if rotates else Gathered)(found, found.rank(), found.size())
-
-
 # What queries see of another rank's keys.
 
 
@@ -263,34 +152,27 @@ def tiles_of(seen: Region, own: Tensor | None, others: Tensor | None) -> list[Ti
     """
     if own is None or others is None:
         return [Tile(slice(None), seen.queries, seen.keys)]
+    if seen.causal:
+        ends = torch.ones_like(own, dtype=torch.bool)  # of rows, and where the next is another
+        ends[:, :-1] = own.diff() != 0
+        last = (ends.flatten().nonzero().flatten() + 1).tolist()
+        return [Tile(slice(None), seen.queries, seen.keys, tuple(last))]
     found = (
-        Tile(slice(row, row + 1), queries, keys)
-        for row, (mine, theirs) in enumerate(zip(own.numpy(), others.numpy(), strict=True))
-        for queries, keys in (_squares(mine) if seen.causal else _crossing(seen, mine, theirs))
+        _crossing(seen, row, mine, theirs)
+        for row, (mine, theirs) in enumerate(zip(own, others, strict=True))
     )
-    return list(found)
+    return [tile for tile in found if tile is not None]
 
 
-Ids = np.ndarray[Any, np.dtype[np.int32]]
-
-
-def _squares(own: Ids) -> Iterator[tuple[slice, slice]]:
-    """Each document sees itself."""
-    ends = [*(np.flatnonzero(np.diff(own)) + 1).tolist(), len(own)]
-    start = 0
-    for end in ends:
-        yield slice(start, end), slice(start, end)
-        start = end
-
-
-def _crossing(seen: Region, own: Ids, others: Ids) -> Iterator[tuple[slice, slice]]:
+def _crossing(seen: Region, row: int, own: Tensor, others: Tensor) -> Tile | None:
     """All keys precede all queries, so the only document to have both is that of the last key."""
-    last = others[seen.keys.stop - 1]
+    start, stop = seen.queries.start, seen.keys.stop
+    last = others[stop - 1]
     queries = int((own[seen.queries] == last).sum())
     keys = int((others[seen.keys] == last).sum())
-    if queries:
-        start, stop = seen.queries.start, seen.keys.stop
-        yield slice(start, start + queries), slice(stop - keys, stop)
+    if queries == 0:
+        return None
+    return Tile(slice(row, row + 1), slice(start, start + queries), slice(stop - keys, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,16 +191,10 @@ class Sight:
     def _ids(self, rank: int) -> Tensor | None:
         if self.documents is None:
             return None
-        seq_len = self.documents.shape[1]
-        return self.documents[:, own_positions(seq_len, self.line.degree, rank)]
+        return own_chunks(self.documents, self.line.degree, rank)
 
 
 # The attention itself.
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What parts of a tensor of ``dtype`` are added up in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def forward(
@@ -338,23 +214,26 @@ def forward(
         [batch, heads, tokens], in float32 or wider.
     """
     sight = Sight(line, query.shape[1], documents)
-    out = torch.zeros_like(query, dtype=wide(query.dtype), memory_format=torch.contiguous_format)
-    lse = out.new_full(out.shape[:-1], -torch.inf).transpose(1, 2)
-    for other, part in line.visit(torch.cat((key, value), dim=-1)):
+
+    def look(other: int, part: Tensor) -> list[tuple[Tile, Seen]]:
         tiles, causal = sight(other)
         keys, values = part.split((key.shape[-1], value.shape[-1]), dim=-1)
-        for tile, seen in zip(
-            tiles, attend(query, keys, values, tiles, causal=causal), strict=True
-        ):
+        return list(zip(tiles, attend(query, keys, values, tiles, causal=causal), strict=True))
+
+    visits = line.visit(torch.cat((key, value), dim=-1))
+    ((_, own),) = look(*next(visits))  # one tile, which is all of it
+    out, lse = own.out.to(wide(query.dtype)), own.lse
+    for visit in visits:
+        for tile, seen in look(*visit):
             merge(out[tile.rows, tile.queries], lse[tile.rows, :, tile.queries], *seen)
-    return out.to(query.dtype), lse.contiguous()
+    return out.to(query.dtype).contiguous(), lse.contiguous()
 
 
 def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
     """Add to ``out`` and ``lse``, in place, what the same queries see of further keys.
 
     Softmax over both sets of keys is the mean of the two results, weighted by the sums of
-    exponentials. Where nothing was seen yet ``lse`` is -inf; ``more_lse`` never is.
+    exponentials.
     """
     total = torch.logaddexp(lse, more_lse)
     out.mul_(_weights(lse - total)).add_(more_out * _weights(more_lse - total))

@@ -2,16 +2,18 @@
 
 torch's public attention returns no log-sum-exp, so the operators below it are called, forward and
 backward. Both know groups of query heads that share keys and values. Pieces are described as tiles:
-rectangles of queries times keys without any mask inside, or squares below their diagonal. So no
-mask is ever stored or multiplied by, and a document that is left out costs nothing.
+rectangles of queries times keys without any mask inside, or squares below their diagonal, one or
+many along it. So no mask is ever stored or multiplied by, and a document that is left out costs
+nothing.
 
-On a CPU each tile is a call. On a GPU all tiles are one call of the flash kernel for sequences of
-different lengths, packed along one axis. The GPU's path has not been run: no GPU was there when it
-was written. It calls the operators as torch's own ``torch.nn.attention.varlen`` does.
+On a CPU each rectangle or square is a call. On a GPU all of them are one call of the flash kernel
+for sequences of different lengths, packed along one axis. The GPU's path has not been run: no GPU
+was there when it was written. It calls the operators as torch's own ``torch.nn.attention.varlen``
+does.
 """
 
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,16 @@ aten = torch.ops.aten
 
 
 class Tile(NamedTuple):
-    """Queries that see keys, of some sequences of a batch: all of them, or causally a square."""
+    """Queries that see keys, of some sequences of a batch: all of them, or causally a square.
+
+    ``ends`` cuts the square into smaller ones along its diagonal: where each ends, if rows are laid
+    end to end. Without it every row is one.
+    """
 
     rows: slice  # of the batch
     queries: slice  # positions
     keys: slice
+    ends: tuple[int, ...] = ()
 
 
 class Seen(NamedTuple):
@@ -90,12 +97,16 @@ def attend_backward(
 
 
 def _attend_tile(query: Tensor, key: Tensor, value: Tensor, tile: Tile, causal: bool) -> Seen:
-    rows, queries, keys = tile
-    parts = (query[rows, queries], key[rows, keys], value[rows, keys])
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *(part.transpose(1, 2) for part in parts), 0.0, causal
-    )
-    return Seen(out.transpose(1, 2), lse)
+    parts = (query[tile.rows, tile.queries], key[tile.rows, tile.keys], value[tile.rows, tile.keys])
+    found = [
+        aten._scaled_dot_product_flash_attention_for_cpu(
+            *(part.transpose(1, 2) for part in square), 0.0, causal
+        )
+        for square in _squares(parts, tile.ends)
+    ]
+    rows = parts[0].shape[0]
+    out = _laid(rows, [out.transpose(1, 2) for out, _ in found])
+    return Seen(out, _laid(rows, [lse.transpose(1, 2) for _, lse in found]).transpose(1, 2))
 
 
 def _tile_backward(
@@ -105,37 +116,90 @@ def _tile_backward(
     tile: Tile,
     causal: bool,
 ) -> Gradients:
-    rows, queries, keys = tile
     (query, key, value), (out, lse) = inputs, outputs
+    queries, keys = (tile.rows, tile.queries), (tile.rows, tile.keys)
     parts = (
-        out_grad[rows, queries], query[rows, queries], key[rows, keys], value[rows, keys],
-        out[rows, queries],
+        out_grad[queries], query[queries], key[keys], value[keys],
+        out[queries], lse.transpose(1, 2)[queries],
     )  # fmt: skip
-    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(part.transpose(1, 2) for part in parts), lse[rows, :, queries], 0.0, causal
+    found = [
+        aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(part.transpose(1, 2) for part in square), 0.0, causal
+        )
+        for square in _squares(parts, tile.ends)
+    ]
+    rows = parts[0].shape[0]
+    return Gradients(
+        *(_laid(rows, [g.transpose(1, 2) for g in of]) for of in zip(*found, strict=True))
     )
-    return Gradients(*(gradient.transpose(1, 2) for gradient in found))
 
 
-class _Lengths(NamedTuple):
-    """One axis of packed sequences, as the flash kernel wants to know it."""
+def _squares(parts: tuple[Tensor, ...], ends: tuple[int, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Of tensors [rows, positions, ...] every square's [1, positions, ...]; all if not cut."""
+    if not ends:
+        yield parts
+        return
+    laid = [part.flatten(0, 1)[None] for part in parts]
+    for start, end in pairwise((0, *ends)):
+        yield tuple(part[:, start:end] for part in laid)
 
-    ends: Tensor  # int32 [sequences + 1], from 0
+
+def _laid(rows: int, squares: list[Tensor]) -> Tensor:
+    """The inverse: [rows, positions, ...]."""
+    if len(squares) == 1 and squares[0].shape[0] == rows:
+        return squares[0]
+    return torch.cat(squares, dim=1)[0].unflatten(0, (rows, -1))
+
+
+class _Side(NamedTuple):
+    """One axis of all tiles, packed: queries, or keys."""
+
+    where: list[tuple[slice, slice]]  # rows and positions of every tile
+    shapes: list[tuple[int, int]]  # their numbers
+    ends: Tensor  # int32 [sequences + 1], from 0, as the flash kernel wants to know it
     longest: int
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """[batch, positions, ...] to [packed positions, ...]."""
+        parts = [tensor[part].flatten(0, 1) for part in self.where]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The inverse: of every tile [rows, positions, ...]."""
+        parts = packed.split([rows * positions for rows, positions in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def _sides(query: Tensor, key: Tensor, tiles: list[Tile]) -> tuple[_Side, _Side]:
+    cuts = [tile.ends for tile in tiles]
+    queries = _side(query, [(tile.rows, tile.queries) for tile in tiles], cuts)
+    return queries, _side(key, [(tile.rows, tile.keys) for tile in tiles], cuts)
+
+
+def _side(tensor: Tensor, where: list[tuple[slice, slice]], cuts: list[tuple[int, ...]]) -> _Side:
+    batch, positions = tensor.shape[:2]
+    shapes = [(len(range(batch)[rows]), len(range(positions)[places])) for rows, places in where]
+    lengths = [
+        length
+        for (rows, size), ends in zip(shapes, cuts, strict=True)
+        for length in ([b - a for a, b in pairwise((0, *ends))] if ends else [size] * rows)
+    ]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return _Side(where, shapes, ends.to(tensor.device, non_blocking=True), max(lengths))
 
 
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], causal: bool
 ) -> list[Seen]:
-    (queries, q_lengths), (keys, k_lengths) = _sides(query, key, tiles)
+    queries, keys = _sides(query, key, tiles)
     out, lse, *_ = aten._flash_attention_forward(
-        _pack(query, queries), _pack(key, keys), _pack(value, keys),
-        q_lengths.ends, k_lengths.ends, q_lengths.longest, k_lengths.longest,
+        queries.pack(query), keys.pack(key), keys.pack(value),
+        queries.ends, keys.ends, queries.longest, keys.longest,
         0.0, causal, False,
     )  # fmt: skip
     # The kernel's log-sum-exp is [heads, packed queries].
-    outs, lses = _unpack(out, query, queries), _unpack(lse.T, query, queries)
-    return [Seen(o, s.transpose(1, 2)) for o, s in zip(outs, lses, strict=True)]
+    found = zip(queries.unpack(out), queries.unpack(lse.T), strict=True)
+    return [Seen(of_tile, its_lse.transpose(1, 2)) for of_tile, its_lse in found]
 
 
 def _packed_backward(
@@ -146,49 +210,14 @@ def _packed_backward(
     causal: bool,
 ) -> list[Gradients]:
     (query, key, value), (out, lse) = inputs, outputs
-    (queries, q_lengths), (keys, k_lengths) = _sides(query, key, tiles)
-    found = aten._flash_attention_backward(
-        _pack(out_grad, queries), _pack(query, queries), _pack(key, keys), _pack(value, keys),
-        _pack(out, queries), _pack(lse.transpose(1, 2), queries).T.contiguous(),
-        q_lengths.ends, k_lengths.ends, q_lengths.longest, k_lengths.longest,
+    queries, keys = _sides(query, key, tiles)
+    query_grad, key_grad, value_grad = aten._flash_attention_backward(
+        queries.pack(out_grad), queries.pack(query), keys.pack(key), keys.pack(value),
+        queries.pack(out), queries.pack(lse.transpose(1, 2)).T.contiguous(),
+        queries.ends, keys.ends, queries.longest, keys.longest,
         0.0, causal,
         torch.zeros(2, dtype=torch.uint64, device=query.device),  # of a dropout that isn't there
         torch.empty(0, device=query.device),
     )  # fmt: skip
-    sides = ((query, queries), (key, keys), (value, keys))
-    parts = (_unpack(packed, *side) for packed, side in zip(found, sides, strict=True))
-    return [Gradients(*of_tile) for of_tile in zip(*parts, strict=True)]
-
-
-Side = list[tuple[slice, slice]]  # rows and positions of every tile
-
-
-def _sides(query: Tensor, key: Tensor, tiles: list[Tile]) -> tuple[tuple[Side, _Lengths], ...]:
-    queries = [(tile.rows, tile.queries) for tile in tiles]
-    keys = [(tile.rows, tile.keys) for tile in tiles]
-    return (queries, _lengths(query, queries)), (keys, _lengths(key, keys))
-
-
-def _sizes(tensor: Tensor, side: Side) -> Iterable[tuple[int, int]]:
-    """Sequences and positions of every tile."""
-    for rows, positions in side:
-        yield len(range(*rows.indices(tensor.shape[0]))), positions.stop - positions.start
-
-
-def _lengths(tensor: Tensor, side: Side) -> _Lengths:
-    each = [size for rows, size in _sizes(tensor, side) for _ in range(rows)]
-    ends = torch.tensor([0, *accumulate(each)], dtype=torch.int32)
-    return _Lengths(ends.to(tensor.device, non_blocking=True), max(each))
-
-
-def _pack(tensor: Tensor, side: Side) -> Tensor:
-    """[batch, positions, ...] to [packed positions, ...]."""
-    parts = [tensor[part].flatten(0, 1) for part in side]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _unpack(packed: Tensor, like: Tensor, side: Side) -> list[Tensor]:
-    """The inverse: of every tile [rows, positions, ...], cut as ``like`` was."""
-    sizes = list(_sizes(like, side))
-    parts = packed.split([rows * positions for rows, positions in sizes])
-    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+    found = (queries.unpack(query_grad), keys.unpack(key_grad), keys.unpack(value_grad))
+    return [Gradients(*of_tile) for of_tile in zip(*found, strict=True)]
