@@ -21,6 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor._redistribute import (
+    _gen_transform_infos,
+    clear_redistribute_planner_cache,
+)
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 import pretrain_trainer.train  # so that every fork has it
 
@@ -76,6 +81,11 @@ def tidy_up() -> None:
     """Leave nothing of one test to the next."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    # What DTensor remembers of a mesh it finds again for another that looks the same, whose groups
+    # have other names.
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
+    clear_redistribute_planner_cache()
     torch.use_deterministic_algorithms(False)
     gc.enable()
     gc.collect()
