@@ -66,6 +66,7 @@ _VARIABLES = {
     f"flavor in {list(llama3.FLAVORS)}",
     "heads": _table(mesh.largest_tensor_degree),
     "layers": _table(lambda shape: shape.n_layers),
+    "experts": _table(mesh.expert_count),
     "schedule": _key("pipeline_parallel_schedule", "'1F1B'"),
     "csv": f"{_key('pipeline_parallel_schedule_csv', repr(''))} != ''",
     "first": _key("pipeline_parallel_first_stage_less_layers", "1"),
@@ -157,14 +158,15 @@ _DEGREES = (
     ),
     _rule(
         "parallelism.expert_tensor_parallel_degree",
-        "etp == 1 || (etp == tp && !known)",
+        "etp == 1 || (etp == tp && (!known || experts > 0))",
         "must be 1 or tensorParallelDegree, and 1 for a model without experts",
     ),
     _rule(
         "parallelism.expert_parallel_degree",
-        f"ep == 1 || (!known && (!fills || {_EXPERTS_FIT}))",
-        "must divide the number of ranks each copy is sharded over, times tensorParallelDegree if "
-        "expertTensorParallelDegree is 1, and be 1 for a model without experts",
+        "ep == 1 || ((!known || (experts > 0 && experts % ep == 0)) && "
+        f"(!fills || {_EXPERTS_FIT}))",
+        "must divide the model's experts, and the number of ranks each copy is sharded over, times "
+        "tensorParallelDegree if expertTensorParallelDegree is 1; 1 for a model without experts",
     ),
     _rule(
         "parallelism.enable_async_tensor_parallel",

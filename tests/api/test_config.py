@@ -196,8 +196,8 @@ def test_dataset_is_required() -> None:
         ),
         (
             {"model": {"flavor": "7B"}},
-            "model.flavor: llama3 has no flavor 7B, only tiny, tiny8, debugmodel, 8B, 70B, 405B; "
-            "did you mean 70B?",
+            "model.flavor: llama3 has no flavor 7B, only tiny, tiny8, tiny_moe, debugmodel, 8B, "
+            "70B, 405B; did you mean 70B?",
         ),
         (
             {"model": {"name": "qwen3"}},

@@ -176,8 +176,8 @@ PIPELINE = {"pipeline_parallel_degree": 4}
             {"expert_parallel_degree": 2},
             {},
             2,
-            "parallelism.expert_parallel_degree: 2 ranks can't share the experts of llama3, which "
-            "has none; use 1",
+            "parallelism.expert_parallel_degree: 2 ranks can't share the experts of llama3 8B, "
+            "which has none; use 1",
         ),
         (
             {"context_parallel_degree": 2, "fsdp_reshard_after_forward": 3},

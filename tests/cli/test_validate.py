@@ -57,8 +57,8 @@ at both ends, not 'Bad_Name'
 bad.yaml:9: spec.volumes.checkpoint: is missing but checkpoint.enable is on; add a claimTemplate \
 with a storage size, or the claimName of a claim that exists
 bad.yaml:10: spec.modle: unknown key; did you mean model?
-bad.yaml:11: spec.model.flavor: llama3 has no flavor 8b, only tiny, debugmodel, 8B, 70B, 405B; did \
-you mean 8B?
+bad.yaml:11: spec.model.flavor: llama3 has no flavor 8b, only tiny, tiny8, tiny_moe, \
+debugmodel, 8B, 70B, 405B; did you mean 8B?
 bad.yaml:13: spec.training.dataset: must be one of c4, text, jsonl, not 'texts'; did you mean text?
 bad.yaml:14: spec.training.stepz: unknown key; did you mean steps?
 bad.yaml:15: spec.training.localBatchSize: must be at least 1, not -2

@@ -47,19 +47,25 @@ def initialise(
 
 
 def _fill(
-    placement: Placement, distribution: Distribution, key: tuple[int, str], device: torch.device
+    placement: Placement, distribution: Distribution, key: tuple[object, ...], device: torch.device
 ) -> int:
     """Fill one shard; returns how many numbers were drawn."""
     if isinstance(distribution, Constant):
         placement.local.fill_(distribution.value)
         return 0
-    rows, columns = placement.owned[0], placement.owned[1:]
-    row_elements = prod(placement.shape[1:])
+    rows, *columns = placement.owned
+    _, *inner = placement.shape
+    if len(inner) > 1:  # a stack, such as of experts: each is drawn as if it were alone
+        return sum(
+            _fill(Placement(part, tuple(inner), tuple(columns)), distribution, (*key, i), device)
+            for i, part in enumerate(placement.local, start=rows.start)
+        )
+    row_elements = prod(inner)
     height = max(1, BLOCK_ELEMENTS // row_elements)
     drawn = 0
     for block in range(rows.start // height, ceil(rows.stop / height)):
         top, bottom = block * height, min((block + 1) * height, placement.shape[0])
-        shape = (bottom - top, *placement.shape[1:])
+        shape = (bottom - top, *inner)
         values = _draw(distribution, shape, rng.generator(device, *key, block))
         first, last = max(top, rows.start), min(bottom, rows.stop)
         mine = values[first - top : last - top][(slice(None), *columns)]

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 
 from pretrain_api.config import Training
 from pretrain_api.wire import Order
 from pretrain_trainer.agreement import Count, agree, count
 from pretrain_trainer.alive import Alive
+from pretrain_trainer.balance import rebalance
 from pretrain_trainer.data.loader import Loader, Microbatch, StepBatch
 from pretrain_trainer.engine import Engine, Inputs
 from pretrain_trainer.errors import HopelessError
@@ -23,7 +23,7 @@ from pretrain_trainer.models.base import LanguageModel, named_parameters
 from pretrain_trainer.optim import set_learning_rate
 from pretrain_trainer.parallel.context import own_part
 from pretrain_trainer.parallel.mesh import Mesh
-from pretrain_trainer.parallel.norm import total_norm
+from pretrain_trainer.parallel.norm import clip, total_norm
 from pretrain_trainer.state import TrainState
 
 MAX_SKIPPED = 10  # steps in a row without finite gradients before training is given up
@@ -104,6 +104,7 @@ def run_step(
     finite = math.isfinite(grad_norm)
     if finite:
         machine.optimizer.step()
+    rebalance(machine.parts, machine.mesh, learn=finite)
     machine.optimizer.zero_grad(set_to_none=True)
 
     state.advance(agreed.valid_tokens, agreed.sample_hash, finite)
@@ -143,7 +144,7 @@ def clip_gradients(parts: Iterable[nn.Module], max_norm: float, mesh: Mesh) -> f
     """
     parameters = [p for _, p in named_parameters(parts) if p.grad is not None]
     norm = total_norm([p.grad for p in parameters if p.grad is not None], mesh)
-    clip_grads_with_norm_(parameters, max_norm, norm)
+    clip(parameters, max_norm, norm)
     return float(norm)
 
 

@@ -178,7 +178,7 @@ class Parallelism(Section):
     expert_parallel_degree: Positive = 1
     """Number of ranks the experts of a layer are split over."""
     expert_tensor_parallel_degree: Positive = 1
-    """Number of ranks each expert is split over."""
+    """Number of ranks each expert is split over: 1, or all of tensor_parallel_degree."""
 
     rules: ClassVar = (
         Rule(

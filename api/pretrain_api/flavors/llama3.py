@@ -8,6 +8,8 @@ their own: they take the tokenizer's, so that any tokenizer can be tried with th
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from pretrain_api.flavors.moe import MoeShape
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -35,6 +37,7 @@ class LlamaShape:
     rope_scaling: RopeScaling = RopeScaling()
     max_seq_len: int = 131_072
     depth_init: bool = True  # initial scale of a block's outputs by its own depth
+    moe: MoeShape | None = None  # experts in place of every block's feed-forward layer
 
     @property
     def head_dim(self) -> int:
@@ -59,6 +62,13 @@ FLAVORS = MappingProxyType(
         # The same with enough layers for several stages on each rank of a pipeline.
         "tiny8": LlamaShape(
             dim=32, n_layers=8, n_heads=4, n_kv_heads=2, vocab_size=None, multiple_of=32
+        ),
+        # No published model: what experts do to a layout, tried on the same tiny blocks.
+        "tiny_moe": LlamaShape(
+            dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=None,
+            moe=MoeShape(
+                num_experts=4, top_k=2, hidden_dim=32, num_shared_experts=1, route_norm=True,
+            ),
         ),
         "debugmodel": LlamaShape(
             dim=256, n_layers=6, n_heads=16, n_kv_heads=16, vocab_size=None

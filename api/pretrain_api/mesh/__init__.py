@@ -24,7 +24,7 @@ from pretrain_api.mesh.degrees import (
     divisors,
     smallest_world,
 )
-from pretrain_api.mesh.layout import largest_tensor_degree, layout_rules, shape_of
+from pretrain_api.mesh.layout import expert_count, largest_tensor_degree, layout_rules, shape_of
 from pretrain_api.mesh.pipeline import (
     SCHEDULES,
     Schedule,
@@ -46,6 +46,7 @@ __all__ = [
     "blamed",
     "counts_layers",
     "divisors",
+    "expert_count",
     "largest_tensor_degree",
     "legal_replicas",
     "nearest",

@@ -24,9 +24,15 @@ def largest_tensor_degree(shape: LlamaShape) -> int:
     """Ranks the matrices can be split over at most; every divisor of it will do.
 
     Each rank has whole heads, of queries as of keys and values, and as many features of the
-    feed-forward layer as the others.
+    feed-forward layer, or of each expert, as the others.
     """
-    return gcd(shape.n_heads, shape.n_kv_heads, shape.hidden_dim)
+    features = shape.hidden_dim if shape.moe is None else shape.moe.hidden_dim
+    return gcd(shape.n_heads, shape.n_kv_heads, features)
+
+
+def expert_count(shape: LlamaShape) -> int:
+    """Experts of a layer, each of which is on one rank of its kind; 0 for a model without."""
+    return 0 if shape.moe is None else shape.moe.num_experts
 
 
 def layout_rules(config: Sections) -> Iterator[Broken]:
@@ -43,15 +49,26 @@ def layout_rules(config: Sections) -> Iterator[Broken]:
 def _shape(parallelism: Parallelism, model: Model, shape: LlamaShape) -> Iterator[Broken]:
     tp, most = parallelism.tensor_parallel_degree, largest_tensor_degree(shape)
     if most % tp:
+        features = shape.hidden_dim if shape.moe is None else shape.moe.hidden_dim
         wrong = (
             f"{tp} doesn't divide the {shape.n_heads} heads, {shape.n_kv_heads} of keys and "
-            f"values, and {shape.hidden_dim} features of {model.name} {model.flavor}"
+            f"values, and {features} features of {model.name} {model.flavor}"
         )
         yield Broken("parallelism.tensor_parallel_degree", wrong, divisors(most), near=tp)
+    experts = expert_count(shape)
+    if experts:
+        ep = parallelism.expert_parallel_degree
+        if experts % ep:
+            wrong = f"{ep} doesn't divide the {experts} experts of {model.name} {model.flavor}"
+            yield Broken("parallelism.expert_parallel_degree", wrong, divisors(experts), near=ep)
+        return
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         degree = getattr(parallelism, name)
         if degree > 1:
-            wrong = f"{degree} ranks can't share the experts of {model.name}, which has none"
+            wrong = (
+                f"{degree} ranks can't share the experts of {model.name} {model.flavor}, "
+                "which has none"
+            )
             yield Broken(f"parallelism.{name}", wrong, (1,))
 
 

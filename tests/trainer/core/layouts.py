@@ -35,6 +35,11 @@ def alone(cell: Cell) -> Cell:
     return Cell(1, {"model": cell.sections["model"]})
 
 
+def mixture(ranks: int, **options: Any) -> Cell:
+    """A layout of the model with experts."""
+    return cell(ranks, flavor="tiny_moe", **options)
+
+
 def pipeline(
     ranks: int,
     schedule: str = "1F1B",
@@ -158,7 +163,33 @@ PIPELINES: dict[str, Cell] = {
 }
 LLAMA |= PIPELINES
 
-CHOSEN = ("fsdp 2", "hsdp 2x2", "fsdp 2 x tp 2", "fsdp 2 x cp 2", "pp 2, ZBVZeroBubble")
+MOE: dict[str, Cell] = {
+    "moe: fsdp 2": mixture(2),
+    "moe: tp 2, splitting experts": mixture(2, tp=2),
+    "moe: ep 2": mixture(2, ep=2),
+    "moe: ep 4": mixture(4, ep=4),
+    "moe: ep 2 x fsdp 2": mixture(4, ep=2),
+    "moe: ep 2 x fsdp 4": mixture(8, ep=2),
+    "moe: hsdp 2x2 x ep 2": mixture(4, replicate=2, ep=2),
+    "moe: ep 2 out of tp 2": mixture(2, tp=2, ep=2),
+    "moe: ep 2 out of tp 2 x fsdp 2": mixture(4, tp=2, ep=2),
+    "moe: ep 4 out of tp 2 x fsdp 2": mixture(4, tp=2, ep=4),
+    "moe: ep 2 x etp 2": mixture(4, tp=2, etp=2, ep=2),
+    "moe: ep 2 x etp 2 x fsdp 2": mixture(8, tp=2, etp=2, ep=2),
+    "moe: ep 2, full ac": mixture(2, ep=2, sections=recompute("full")),
+    "moe: ep 2, selective ac": mixture(2, ep=2, sections=recompute("selective", "op")),
+    "moe: ep 2 out of tp 2, full ac": mixture(2, tp=2, ep=2, sections=recompute("full")),
+    "moe: fsdp 2, compile": mixture(2, sections=COMPILE),
+    "moe: ep 2, compile": mixture(2, ep=2, sections=COMPILE),
+    "moe: ep 2 out of cp 2": mixture(2, cp=2, ep=2),
+    "moe: ep 2 x pp 2": mixture(4, pp=2, ep=2, sections={"training": {"local_batch_size": 2}}),
+}
+LLAMA |= MOE
+
+CHOSEN = (
+    *("fsdp 2", "hsdp 2x2", "fsdp 2 x tp 2", "fsdp 2 x cp 2"),
+    *("pp 2, ZBVZeroBubble", "moe: ep 2 x fsdp 2"),
+)
 
 ALL = os.environ.get("PRETRAIN_TEST_MATRIX") == "all"
 

@@ -16,11 +16,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pretrain_api.flavors.llama3 import LlamaShape, RopeScaling
+from pretrain_api.flavors.moe import MoeShape
 from pretrain_trainer.models.attention import Core, Documents, causal
 from pretrain_trainer.models.base import Constant, Distribution, LanguageModel, Normal
+from pretrain_trainer.models.feed_forward import FeedForward
+from pretrain_trainer.models.moe import MoE, mixtures, moe_distributions
 
 STD = 0.02  # of every projection's initial values, before scaling by depth
 CUTOFF = 2.0  # absolute, so a hundred standard deviations: torchtitan's default, kept for parity
@@ -88,34 +90,27 @@ class Attention(nn.Module):
         return self.wo(self.core(query, key, value, documents).flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: one projection gates another."""
-
-    def __init__(self, shape: LlamaShape) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(shape.dim, shape.hidden_dim, bias=False)
-        self.w2 = nn.Linear(shape.hidden_dim, shape.dim, bias=False)
-        self.w3 = nn.Linear(shape.dim, shape.hidden_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, tokens, dim] to the same."""
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
-
-
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the stream."""
+    """Attention and feed-forward, each behind a norm and added to the stream.
+
+    What feeds forward is called ``moe`` where it is a mixture of experts.
+    """
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         self.attention = Attention(shape)
-        self.feed_forward = FeedForward(shape)
+        self.has_experts = shape.moe is not None
+        if shape.moe is None:
+            self.feed_forward = FeedForward(shape.dim, shape.hidden_dim)
+        else:
+            self.moe = MoE(shape.dim, shape.moe)
         self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
 
     def forward(self, x: Tensor, rope: Tensor, documents: Tensor | None = None) -> Tensor:
         """[batch, tokens, dim] to the same; ``rope`` as in :func:`rotate`."""
         x = x + self.attention(self.attention_norm(x), rope, documents=documents)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + (self.moe if self.has_experts else self.feed_forward)(self.ffn_norm(x))
 
 
 class Llama3(LanguageModel):
@@ -178,10 +173,12 @@ class Llama3(LanguageModel):
         return self.output(x) if labels is None else self.output(x, labels)
 
     def init_buffers(self) -> None:
-        """Compute the rotary table, on whatever device it lies."""
+        """Compute the rotary table and start experts' biases, on whatever device they lie."""
         shape = self.shape
         frequencies = rope_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
         cast(Tensor, self.rope).copy_(rope_table(self.seq_len, frequencies))
+        for moe in mixtures(self):
+            moe.init_buffers()
 
     def distributions(self) -> dict[str, Distribution]:
         """Initial distribution of every parameter, as in torchtitan.
@@ -199,19 +196,19 @@ class Llama3(LanguageModel):
             depth = index + 1 if self.shape.depth_init else self.shape.n_layers
             inner, outer = Normal(STD, CUTOFF), Normal(STD / math.sqrt(2 * depth), CUTOFF)
             rules |= {
-                f"layers.{index}.{name}.weight": rule
+                f"layers.{index}.{name}": rule
                 for name, rule in {
-                    **dict.fromkeys(("attention.wq", "attention.wk", "attention.wv"), inner),
-                    "attention.wo": outer,
-                    "feed_forward.w1": inner,
-                    **dict.fromkeys(("feed_forward.w2", "feed_forward.w3"), outer),
-                    **dict.fromkeys(("attention_norm", "ffn_norm"), Constant(1.0)),
+                    **dict.fromkeys(("attention.wq.weight", "attention.wk.weight"), inner),
+                    "attention.wv.weight": inner,
+                    "attention.wo.weight": outer,
+                    **_onward(self.shape.moe, inner, outer),
+                    **dict.fromkeys(("attention_norm.weight", "ffn_norm.weight"), Constant(1.0)),
                 }.items()
             }
         return rules
 
     def meaning(self) -> dict[str, str]:
-        """How features divide into heads, and the constants of norms and rotary positions."""
+        """How features divide into heads, the constants of norms and positions, and routing."""
         shape = self.shape
         numbers = {
             "n_heads": shape.n_heads,
@@ -219,6 +216,7 @@ class Llama3(LanguageModel):
             "norm_eps": shape.norm_eps,
             "rope_theta": shape.rope_theta,
             **{f"rope_scaling.{k}": v for k, v in asdict(shape.rope_scaling).items()},
+            **({} if shape.moe is None else {f"moe.{k}": v for k, v in asdict(shape.moe).items()}),
         }
         return {"family": "llama3", **{name: str(number) for name, number in numbers.items()}}
 
@@ -227,7 +225,7 @@ class Llama3(LanguageModel):
 
         6 per parameter outside the input embedding (2 forward, 4 backward), and 12 per layer,
         feature and token of the sequence for attention, causality not discounted. Recomputation
-        doesn't count.
+        doesn't count, nor do experts that a token doesn't go to.
         """
         attention = 12 * self.shape.n_heads * self.shape.head_dim * self.seq_len
         blocks = {f"layers.{key}": block for key, block in self.layers.items()}
@@ -241,4 +239,19 @@ class Llama3(LanguageModel):
 
 def _products(module: nn.Module | None) -> int:
     """FLOPs of a module's parameters for one trained token."""
-    return 0 if module is None else 6 * sum(p.numel() for p in module.parameters())
+    if module is None:
+        return 0
+    idle = sum(moe.idle_parameters() for moe in mixtures(module))
+    return 6 * (sum(p.numel() for p in module.parameters()) - idle)
+
+
+def _onward(
+    moe: MoeShape | None, inner: Distribution, outer: Distribution
+) -> dict[str, Distribution]:
+    """Initial distributions of what feeds forward in a block, by name within the block."""
+    if moe is not None:
+        return {f"moe.{name}": rule for name, rule in moe_distributions(moe, inner, outer).items()}
+    return {
+        "feed_forward.w1.weight": inner,
+        **dict.fromkeys(("feed_forward.w2.weight", "feed_forward.w3.weight"), outer),
+    }

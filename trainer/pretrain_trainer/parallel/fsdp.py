@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 
 from pretrain_api.config import RunConfig, Training
 from pretrain_trainer.models.base import LanguageModel
+from pretrain_trainer.parallel.expert import shard_placement
 from pretrain_trainer.parallel.mesh import Mesh
 
 
@@ -40,7 +41,8 @@ def shard(model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
     if model.tok_embeddings is not None:
         fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)
     for block in model.layers.values():
-        fully_shard(block, **options, reshard_after_forward=reshard)
+        where = shard_placement(block, config, mesh)
+        fully_shard(block, **options, reshard_after_forward=reshard, shard_placement_fn=where)
     # The backward pass begins with these: what the forward pass gathered last is needed first.
     ends: list[nn.Module] = [module for module in (model.norm, model.output) if module is not None]
     if ends:

@@ -8,6 +8,10 @@ Parameters are sharded over ``dp_shard`` and ``cp`` together, because the ranks 
 the same weights; for torch that is one axis. The two data axes are always there, even where one of
 them is 1: code that composes parallelisms then meets no special case. Other axes of size 1 don't
 exist, because each would cost every start a process group.
+
+Experts lie on a second mesh over the same ranks, ``pp``, ``dp_replicate``, ``efsdp``, ``ep`` and
+``etp``: ``ep`` takes neighbours out of dp_shard and cp, and out of tp where the ranks of tp don't
+split each expert; ``efsdp`` is what remains to shard each rank's experts over.
 """
 
 from dataclasses import dataclass
@@ -26,6 +30,9 @@ DP_REPLICATE: Final = "dp_replicate"
 DP_SHARD: Final = "dp_shard"
 CP: Final = "cp"
 TP: Final = "tp"
+EFSDP: Final = "efsdp"
+EP: Final = "ep"
+ETP: Final = "etp"
 
 
 class Coordinates(NamedTuple):
@@ -48,12 +55,15 @@ class Mesh:
         dense: torch's mesh of what layers outside of experts are laid out on: pp (if any),
             dp_replicate, dp_shard times cp under the name of dp_shard, and tp (if any).
         cp: the ranks that share a sequence; None if there is no such splitting.
+        experts: torch's mesh of what experts are laid out on: pp (if any), dp_replicate, efsdp, ep
+            and etp (if any); None if whole experts aren't split over ranks.
     """
 
     degrees: Degrees
     at: Coordinates
     dense: DeviceMesh
     cp: dist.ProcessGroup | None = None
+    experts: DeviceMesh | None = None
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -65,6 +75,26 @@ class Mesh:
     def tp(self) -> DeviceMesh | None:
         """The axis that matrices are split over; None if they are whole."""
         return self.dense[TP] if self.degrees.tp > 1 else None
+
+    @property
+    def expert_fsdp(self) -> DeviceMesh:
+        """The axes that FSDP replicates and shards experts over."""
+        if self.experts is None:
+            return self.fsdp
+        hybrid = self.degrees.dp_replicate > 1
+        return self.experts[DP_REPLICATE, EFSDP] if hybrid else self.experts[EFSDP]
+
+    @property
+    def splits_experts(self) -> bool:
+        """Whether each expert is split over the ranks of tp; they must have something to do."""
+        return self.degrees.tp > 1 and (self.degrees.etp > 1 or self.degrees.ep == 1)
+
+    @property
+    def expert_parts(self) -> DeviceMesh | None:
+        """The axes that experts are split over, ep before etp; None if all are whole here."""
+        if self.experts is None:
+            return self.tp
+        return self.experts[EP, ETP] if self.splits_experts else self.experts[EP]
 
     @property
     def pp(self) -> DeviceMesh | None:
@@ -83,8 +113,14 @@ class Mesh:
 
     def groups(self) -> list[dist.ProcessGroup]:
         """Every group of the mesh that this rank is in."""
-        found = [*self.dense.get_all_groups(), self.cp]
+        second = [] if self.experts is None else self.experts.get_all_groups()
+        found = [*self.dense.get_all_groups(), self.cp, *second]
         return [group for group in found if group is not None]
+
+    def stage_groups(self) -> list[dist.ProcessGroup]:
+        """Groups in which to add up, one after another, what the ranks of a stage counted."""
+        axes = [DP_REPLICATE, DP_SHARD, *([TP] if self.degrees.tp > 1 else [])]
+        return [self.dense.get_group(axis) for axis in axes]
 
 
 def build_mesh(degrees: Degrees, device: torch.device) -> Mesh:
@@ -94,7 +130,8 @@ def build_mesh(degrees: Degrees, device: torch.device) -> Mesh:
     shape = {name: n for name, n in axes.items() if n > 1 or name in (DP_REPLICATE, DP_SHARD)}
     dense = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     at = coordinates(degrees, dist.get_rank())
-    return Mesh(degrees, at, dense, _sequence_group(degrees) if degrees.cp > 1 else None)
+    cp = _sequence_group(degrees) if degrees.cp > 1 else None
+    return Mesh(degrees, at, dense, cp, _expert_mesh(degrees, device) if degrees.ep > 1 else None)
 
 
 def coordinates(degrees: Degrees, rank: int) -> Coordinates:
@@ -105,6 +142,15 @@ def coordinates(degrees: Degrees, rank: int) -> Coordinates:
 def sizes(degrees: Degrees) -> Coordinates:
     """Degrees of the mesh's axes, outermost first."""
     return Coordinates(degrees.pp, degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
+
+
+def _expert_mesh(degrees: Degrees, device: torch.device) -> DeviceMesh:
+    """See the module's docstring. Collective."""
+    left = degrees.dp_shard * degrees.cp * degrees.tp // (degrees.ep * degrees.etp)
+    axes = {PP: degrees.pp, DP_REPLICATE: degrees.dp_replicate, EFSDP: left, EP: degrees.ep}
+    axes |= {ETP: degrees.etp}
+    shape = {name: n for name, n in axes.items() if n > 1 or name in (DP_REPLICATE, EFSDP)}
+    return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
 def _sequence_group(degrees: Degrees) -> dist.ProcessGroup:

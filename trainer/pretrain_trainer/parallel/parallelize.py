@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from pretrain_api.config import RunConfig
+from pretrain_trainer.balance import count_choices
 from pretrain_trainer.models.base import LanguageModel
-from pretrain_trainer.parallel import context, fsdp, tensor
+from pretrain_trainer.parallel import context, expert, fsdp, tensor
 from pretrain_trainer.parallel.head import fuse_loss
 from pretrain_trainer.parallel.mesh import Mesh
 from pretrain_trainer.precision.activation_checkpoint import checkpoint_activations
@@ -22,10 +23,12 @@ def parallelize(model: LanguageModel, config: RunConfig, mesh: Mesh, device: tor
     context.split(model, config, mesh)
     if mesh.tp is not None:
         tensor.split(model, config, mesh.tp)
+    expert.split(model, config, mesh)
+    count_choices(model)
     if model.output is not None:
         fuse_loss(model.output, config, mesh.tp)
     checkpoint_activations(model, config.activation_checkpoint)
-    compile_blocks(model, config.compile)
+    compile_blocks(model, config.compile, whole=mesh.degrees.ep == 1)
     fsdp.shard(model, config, mesh)
     give_memory(model, device, offload=config.training.enable_cpu_offload)
 

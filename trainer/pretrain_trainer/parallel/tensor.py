@@ -33,8 +33,12 @@ from pretrain_trainer.models.base import LanguageModel
 
 POSITIONS = 1  # dimension of the stream, [batch, tokens, dim]
 
-COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3")
-ROWS = ("attention.wo", "feed_forward.w2")
+FORWARD = ("feed_forward", "moe.shared_experts")
+COLUMNS = (
+    *("attention.wq", "attention.wk", "attention.wv"),
+    *(f"{name}.{matrix}" for name in FORWARD for matrix in ("w1", "w3")),
+)
+ROWS = ("attention.wo", *(f"{name}.w2" for name in FORWARD))
 NORMS = ("attention_norm", "ffn_norm")
 
 
@@ -47,7 +51,7 @@ def split(model: LanguageModel, config: RunConfig, tp: DeviceMesh) -> None:
     if config.parallelism.enable_async_tensor_parallel:
         overlap(tp)
     for block in model.layers.values():
-        parallelize_module(block, tp, block_plan())
+        parallelize_module(block, tp, block_plan(block))
     if model.tok_embeddings is not None:
         embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(POSITIONS))
         parallelize_module(model.tok_embeddings, tp, embedding)
@@ -81,18 +85,30 @@ class _Arrived(torch.autograd.Function):
         return grads[0]
 
 
-def block_plan() -> dict[str, ParallelStyle]:
-    """How each module of a block is split, by name."""
+def block_plan(block: nn.Module) -> dict[str, ParallelStyle]:
+    """How each module of a block is split, by name.
+
+    A mixture of experts is given the rank's own positions; what becomes of them, beside the experts
+    that all of them go to, is told in :mod:`pretrain_trainer.parallel.expert`.
+    """
     gathered = {"input_layouts": (Shard(POSITIONS),), "desired_input_layouts": (Replicate(),)}
-    return {
+    plan = {
         "attention": PrepareModuleInput(
             input_layouts=(Shard(POSITIONS), None), desired_input_layouts=(Replicate(), None)
         ),
         "feed_forward": PrepareModuleInput(**gathered),
+        "moe": PrepareModuleInput(
+            input_layouts=(Shard(POSITIONS),),
+            desired_input_layouts=(Shard(POSITIONS),),
+            use_local_output=True,
+        ),
+        "moe.shared_experts": PrepareModuleInput(**gathered),
         **{name: ColwiseParallel() for name in COLUMNS},
         **{name: RowwiseParallel(output_layouts=Shard(POSITIONS)) for name in ROWS},
         **{name: SequenceParallel() for name in NORMS},
     }
+    there = {name for name, _ in block.named_modules()}
+    return {name: style for name, style in plan.items() if name in there}
 
 
 def overlap(tp: DeviceMesh) -> None:

@@ -39,6 +39,7 @@ COSTLY = frozenset(
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        torch.ops._c10d_functional.all_to_all_single.default,
         aten.max.default,  # one number, for which float8 reads a whole tensor
         SPLIT_ATTENTION,
     )

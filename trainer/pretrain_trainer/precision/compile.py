@@ -78,11 +78,17 @@ def plan_memory(config: ActivationCheckpoint, drawings: Path) -> None:
     functorch.memory_budget_pareto_dir = str(drawings)
 
 
-def compile_blocks(model: LanguageModel, config: Compile) -> None:
-    """Compile the blocks of ``model`` in place, if ``config`` names them."""
+def compile_blocks(model: LanguageModel, config: Compile, *, whole: bool = True) -> None:
+    """Compile the blocks of ``model`` in place, if ``config`` names them.
+
+    Args:
+        model: parallelised.
+        config: says whether and how.
+        whole: each must be a single graph, which it can't be where tokens travel to experts.
+    """
     if config.enable and "model" in config.components:
         for block in model.layers.values():
-            block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=True)
+            block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=whole)
 
 
 def compile_loss(loss: Function, config: Compile) -> Function:
