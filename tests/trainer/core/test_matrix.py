@@ -29,6 +29,7 @@ Run = Callable[..., Any]
 MakeConfig = Callable[..., RunConfig]
 
 STEPS = 10
+BATCH: dict[str, Any] = {"global_batch_size": 8}  # the smallest that every layout can share
 LOSS, GRADIENT, CURVE = 1e-6, 2e-5, 1e-5
 
 
@@ -54,7 +55,7 @@ def references() -> dict[str, Any]:
 
 def compare(ranks: Ranks, make: MakeConfig, references: dict[str, Any], cell: Cell) -> None:
     changes = {
-        "training": {"steps": STEPS, "global_batch_size": 8},
+        "training": {"steps": STEPS, **BATCH},
         "checkpoint": {"enable": False},
     }
     reference = alone(cell)
@@ -86,8 +87,8 @@ def test_a_killed_layout_resumes_bitwise(
 ) -> None:
     cell = LLAMA[name]
     there = run_config().job.dump_folder + "-undisturbed"
-    undisturbed = configured(run_config, cell, job={"dump_folder": there})
-    config = configured(run_config, cell)
+    undisturbed = configured(run_config, cell, training=BATCH, job={"dump_folder": there})
+    config = configured(run_config, cell, training=BATCH)
     expected = run(cell.ranks, undisturbed)
     run_until_killed(cell.ranks, config, kill_at=4)
     outcome = run(cell.ranks, config)
@@ -117,10 +118,10 @@ def test_every_layout_reads_what_any_other_wrote(
     ranks: Ranks, run: Run, run_config: MakeConfig, source: str, target: str
 ) -> None:
     cells = {"alone": alone(LLAMA[target if source == "alone" else source]), **LLAMA}
-    steps = {"training": {"steps": 2}, "checkpoint": {"last_save_model_only": False}}
+    steps = {"training": {"steps": 2, **BATCH}, "checkpoint": {"last_save_model_only": False}}
     written = configured(run_config, cells[source], **steps)
-    run(cells[source].ranks, written)
-    longer = {**steps, "training": {"steps": 3}}
+    assert run(cells[source].ranks, written).code == 0
+    longer = {**steps, "training": {"steps": 3, **BATCH}}
     reader = configured(run_config, cells[target], **longer)
     there = {"dump_folder": written.job.dump_folder + "-copy"}
     copy = configured(run_config, cells[target], job=there, **longer)

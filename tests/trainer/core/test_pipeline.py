@@ -164,6 +164,17 @@ def test_an_order_that_cannot_be_followed_is_refused(
     assert run(2, run_config(**PIPELINE | {"parallelism": layout})).code == ExitCode.CONFIG
 
 
+def test_a_file_and_the_modules_named_by_hand_agree_on_stages(
+    run: Run, run_config: MakeConfig
+) -> None:
+    stages = (("tok_embeddings",), ("layers.0",), ("layers.1",), ("norm", "output"))
+    layout = PIPELINE["parallelism"] | {
+        "pipeline_parallel_schedule_csv": str(Path(__file__).with_name("schedule.csv")),
+        "module_fqns_per_model_part": stages,
+    }
+    assert run(2, run_config(**PIPELINE | {"parallelism": layout})).code == ExitCode.CONFIG
+
+
 @pytest.mark.parametrize(
     ("sections", "at_once"),
     [
