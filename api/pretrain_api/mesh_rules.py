@@ -91,7 +91,8 @@ def _cel(text: str, ranks: str = "world") -> str:
 
 
 _RESHARD_FITS = (
-    f"(!{_RESHARD[0]} || type({_RESHARD[1]}) != int || (left * cp) % {_RESHARD[1]} == 0)"
+    f"(!{_RESHARD[0]} || type({_RESHARD[1]}) != int || "
+    f"(tp * pp * ep == 1 && (left * cp) % {_RESHARD[1]} == 0))"
 )
 _EXPERTS_FIT = "(left * cp * (etp == 1 ? tp : 1)) % ep == 0"
 _STAGES_FIT = (
@@ -154,7 +155,8 @@ _DEGREES = (
     _rule(
         "parallelism.fsdp_reshard_after_forward",
         f"!fills || {_RESHARD_FITS}",
-        "must divide the number of ranks each copy is sharded over",
+        "must divide the number of ranks each copy is sharded over, and can't be a number beside "
+        "tensor, pipeline or expert parallelism",
     ),
     _rule(
         "parallelism.expert_tensor_parallel_degree",

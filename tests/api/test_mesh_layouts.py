@@ -187,6 +187,13 @@ PIPELINE = {"pipeline_parallel_degree": 4}
             "context_parallel_degree 2); use one of 1, 2, 4, 8",
         ),
         (
+            {"tensor_parallel_degree": 2, "fsdp_reshard_after_forward": 2},
+            {},
+            8,
+            "parallelism.fsdp_reshard_after_forward: 2 ranks can't be grouped beside tensor, "
+            "pipeline or expert parallelism; use one of default, always, never",
+        ),
+        (
             {"tensor_parallel_degree": 3, "context_parallel_degree": 2},
             {"seq_len": 2046},
             8,

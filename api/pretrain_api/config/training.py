@@ -153,10 +153,10 @@ class Parallelism(Section):
     pipeline_parallel_first_stage_less_layers: NonNegative | None = None
     """With pipelines: number of layers the first stage has less, in exchange for the embedding. If
     this, the same for the last stage, or pipeline_parallel_layers_per_stage is set, stages have
-    equal numbers of layers instead of equal costs, and whichever of the two is unset is 1."""
+    equal numbers of layers instead of equal costs. Unset is then 1."""
     pipeline_parallel_last_stage_less_layers: NonNegative | None = None
     """With pipelines: number of layers the last stage has less, in exchange for the output; see
-    pipeline_parallel_first_stage_less_layers."""
+    pipeline_parallel_first_stage_less_layers. Unset is 1 where layers are counted."""
     pipeline_parallel_layers_per_stage: Positive | None = None
     """With pipelines: number of layers of each stage, which says how many stages there are. Unset
     is one stage per rank for GPipe and 1F1B and two for others."""
@@ -166,7 +166,7 @@ class Parallelism(Section):
     pipeline_parallel_schedule_csv: Text | None = ""
     """With pipelines: file with an order of one's own, in the place of a named one: a line for each
     rank with what it does, such as 0F1 for the forward pass of microbatch 1 in stage 0, B for
-    backward, I and W for backward to inputs and weights."""
+    backward, I and W for backward to inputs and weights. Unset or empty is the named one."""
     pipeline_parallel_microbatch_size: Positive = 1
     """With pipelines: number of sequences in a microbatch."""
     context_parallel_degree: Positive = 1

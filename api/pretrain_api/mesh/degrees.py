@@ -112,12 +112,19 @@ def _outer(parallelism: Parallelism) -> dict[str, int]:
 
 
 def _reshard(parallelism: Parallelism, degrees: Degrees) -> Iterator[Broken]:
+    key = "parallelism.fsdp_reshard_after_forward"
     size = parallelism.fsdp_reshard_after_forward
-    if isinstance(size, int) and degrees.fsdp % size:
+    if not isinstance(size, int):
+        return
+    if degrees.tp * degrees.pp * degrees.ep > 1:
+        # torch 2.15 makes the groups by a call in which all ranks must take part with the same
+        # groups; with these, every rank knows but its own, and they wait for each other for ever.
+        wrong = f"{size} ranks can't be grouped beside tensor, pipeline or expert parallelism"
+        yield Broken(key, wrong, ("default", "always", "never"))
+    elif degrees.fsdp % size:
         wrong = f"{size} doesn't divide the sharding degree {degrees.fsdp}"
         if degrees.cp > 1:
             wrong += f" ({degrees.dp_shard} x context_parallel_degree {degrees.cp})"
-        key = "parallelism.fsdp_reshard_after_forward"
         yield Broken(key, wrong, divisors(degrees.fsdp), near=degrees.fsdp)
 
 

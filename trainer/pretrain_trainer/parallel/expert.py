@@ -62,7 +62,7 @@ def split(model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
 
 def check(model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
     """Raise BadInputError for keys that this model, or part of one, can't follow."""
-    mixed, parallelism, degrees = mixtures(model), config.parallelism, mesh.degrees
+    mixed, degrees = mixtures(model), mesh.degrees
     keys = {
         "parallelism.expert_parallel_degree": degrees.ep > 1,
         "parallelism.expert_tensor_parallel_degree": degrees.etp > 1,
@@ -78,13 +78,6 @@ def check(model: LanguageModel, config: RunConfig, mesh: Mesh) -> None:
                 f"parallelism.expert_parallel_degree: {degrees.ep} doesn't divide the "
                 f"{moe.shape.num_experts} experts of {name}; use a divisor of them"
             )
-    if degrees.ep > 1 and isinstance(parallelism.fsdp_reshard_after_forward, int):
-        # torch 2.15 makes the groups by a call in which all ranks must take part with the same
-        # groups: where experts live on different ranks they would wait for each other for ever.
-        raise BadInputError(
-            "parallelism.fsdp_reshard_after_forward: a number can't be combined with "
-            "expert_parallel_degree; use always, never or default"
-        )
 
 
 def shard_placement(
