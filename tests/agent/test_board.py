@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain_agent.board import FAILURE_BYTES, PROGRESS_BYTES, Beat, Board, Record
+from pretrain_agent.board import FAILURE_BYTES, PROGRESS_BYTES, RECORD, Beat, Board, Record
 from pretrain_api.wire import Failure, Order, Phase, Progress, SkippedCheckpoint
 
 WRITER = """
@@ -109,6 +109,26 @@ def test_a_torn_buffer_is_not_believed(path: Path) -> None:
     at = record.memory.find(b"abc")
     record.memory[at : at + 1] = b"X"
     assert board.progress() is None
+
+
+class Overtaken(Record):
+    """A reader that has looked at the counter when almost two writes happen."""
+
+    def buffer(self, number: int) -> int:
+        (writes,) = RECORD.unpack_from(self.memory, self.offset)
+        if writes == 1:
+            writer = Record(self.memory, self.offset, self.capacity)
+            writer.write(b"second")
+            writer.write(b"third")
+            RECORD.pack_into(self.memory, self.offset, 2)  # the third isn't said yet
+        return super().buffer(number)
+
+
+def test_what_is_not_in_force_yet_is_not_read(path: Path) -> None:
+    record = Board.create(path, 1)._progress
+    record.write(b"first")
+    reader = Overtaken(record.memory, record.offset, record.capacity)
+    assert reader.read() == record.read() == b"second"
 
 
 def test_a_reader_never_sees_a_mixture_while_another_process_writes(path: Path) -> None:

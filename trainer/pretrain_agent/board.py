@@ -7,8 +7,8 @@ nothing here blocks, and what a rank wrote survives its SIGKILL.
 There are no locks, because a rank may die while it holds one. Every record has one writer and two
 buffers: the writer fills the buffer nobody is told to read and then flips a counter, so a writer
 that dies half-way leaves the previous record in force. A reader that was overtaken by two writes
-sees a wrong checksum and reads again. The checksum also makes the order in which a CPU publishes
-its stores irrelevant.
+sees a wrong checksum, or that the counter has moved on, and reads again. The checksum also makes
+the order in which a CPU publishes its stores irrelevant.
 
 The trade-off: a record is copied twice and has a fixed capacity. At one beat per step and a few
 hundred bytes of progress, both are free.
@@ -89,7 +89,11 @@ class Record:
             start = self.buffer(writes & 1)
             length, checksum = BUFFER.unpack_from(self.memory, start)
             payload = self.memory[start + BUFFER.size : start + BUFFER.size + length]
-            if length <= self.capacity and zlib.crc32(payload) == checksum:
+            if length > self.capacity or zlib.crc32(payload) != checksum:
+                continue
+            # A writer may have filled this buffer anew and be about to say so. Believed already, it
+            # would be newer than what the next reading finds in force.
+            if RECORD.unpack_from(self.memory, self.offset) == (writes,):
                 return payload or None
         return None
 
