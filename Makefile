@@ -12,7 +12,7 @@ export CLUSTER CONTEXT REGISTRY
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test unit lint format generate up down constraints bench-recovery \
-	bench-operator bench-gpu soak test-crash-points test-matrix
+	bench-operator bench-gpu check-memory soak test-crash-points test-matrix
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-17s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench-operator: setup ## Pods per second, memory and requests for 200 jobs, besi
 
 bench-gpu: setup ## Tokens per second, MFU and share of the roofline of Llama 3 8B on one GPU
 	@$(BIN)/python -m pretrain_trainer.bench.gpu $(ARGS)
+
+check-memory: setup ## The planner's memory beside what the trainer's own model takes (about 4 minutes)
+	@$(BIN)/python -m pretrain_trainer.bench.memory $(ARGS)
 
 soak: setup ## 200 random faults at one job, whose end must be the one of an undisturbed run (root)
 	@$(BIN)/python -m pretrain_bench.soak $(ARGS)

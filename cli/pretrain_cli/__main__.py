@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pretrain_cli import importer, local, validate
+from pretrain_cli import importer, local, planner, validate
 from pretrain_cli.options import describe, split_options
 
 
@@ -33,6 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("import", help="turn torchtitan's TOML into a PretrainJob")
     importer.add_arguments(convert)
     convert.set_defaults(run=importer.run)
+
+    plan = commands.add_parser("plan", help="rank layouts by estimated memory and speed")
+    planner.add_arguments(plan)
+    plan.set_defaults(run=planner.run)
 
     train = commands.add_parser(
         "run",

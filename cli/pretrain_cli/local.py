@@ -71,17 +71,18 @@ def load(file: Path | None, nproc: int | None, overrides: dict[str, Any]) -> tup
         document = read_toml(path) if path else Document("options", {})
         processes = nproc or _visible_gpus() or 1
     else:
-        job = _job(path)
+        job = read_job(path)
         processes = nproc or job.spec.workers.processes_per_worker
         name = job.metadata.name or path.stem
         config = job.run_config(f"./outputs/{name}")
         document = Document(str(path), config.model_dump(mode="json"))
-    config = _validated(document, overrides)
+    config = validated(document, overrides)
     _check_mesh(config, processes)
     return samples.substituted(config), processes
 
 
-def _job(path: Path) -> PretrainJob:
+def read_job(path: Path) -> PretrainJob:
+    """The one job in a file. Raises RefusedError with its problems, or if there isn't one."""
     jobs = [document for document in read_yaml(path) if is_job(document)]
     if len(jobs) != 1:
         raise RefusedError(f"{path}: must hold exactly one PretrainJob, not {len(jobs)}")
@@ -90,7 +91,8 @@ def _job(path: Path) -> PretrainJob:
     return PretrainJob.model_validate(jobs[0].data)
 
 
-def _validated(document: Document, overrides: dict[str, Any]) -> RunConfig:
+def validated(document: Document, overrides: dict[str, Any]) -> RunConfig:
+    """The configuration of a document and options. Raises RefusedError with their problems."""
     data = merge(document.data, overrides)
     problems = find_problems(RunConfig, data, Vocabulary(RunConfig, camel=False))
     if problems:

@@ -526,3 +526,21 @@ async def test_news_in_every_answer_does_not_make_every_round_a_write(bench: Ben
     await bench.settle()
     status = bench.status
     assert (status.progress.step, status.checkpoint.step, status.restarts.in_place) == (59, 59, 10)
+
+
+async def test_a_job_too_large_for_the_gpus_it_names_is_warned_and_runs(bench: Bench) -> None:
+    huge = {
+        "model": {"flavor": "405B"},
+        "workers": {
+            "replicas": 2,
+            "processesPerWorker": 8,
+            "podTemplate": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}},
+        },
+    }
+    await bench.submit(**huge)
+    await bench.settle()
+    assert bench.events().count("MayRunOutOfMemory") == 1
+    (event,) = [e for e in bench.cluster.all(Kind.EVENT) if e["reason"] == "MayRunOutOfMemory"]
+    assert event["type"] == "Warning"
+    assert "GiB are needed on each h100-80" in event["note"]
+    assert len(bench.cluster.pods()) == 2

@@ -3,6 +3,7 @@
 from datetime import datetime, timedelta
 
 from pretrain_api import names
+from pretrain_api.estimate.plan import too_large
 from pretrain_api.status import JobStatus
 from pretrain_operator import children, ledger
 from pretrain_operator.actions import Notice, Plan
@@ -70,7 +71,19 @@ def begin(seen: Observation) -> Plan | None:
     )
     status = mark(seen, status, names.SUSPENDED, False, "Resumed", said)
     status = mark(seen, status, names.RUNNING, False, "WorkersStarting", said)
-    return ahead(seen, view(seen, healed(seen, status), throttle=False), notice)
+    return ahead(seen, view(seen, healed(seen, status), throttle=False), notice, *_warnings(seen))
+
+
+def _warnings(seen: Observation) -> tuple[Notice, ...]:
+    """What is worth saying before pods are there, but is no reason not to have them."""
+    job = job_of(seen)
+    workers = job.spec.workers
+    found = too_large(
+        job.run_config(),
+        workers.replicas * workers.processes_per_worker,
+        workers.pod_template.node_selector,
+    )
+    return (Notice("MayRunOutOfMemory", found, warning=True),) if found else ()
 
 
 def _stay_away(seen: Observation, until: datetime) -> Plan:
