@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pretrain_agent import endpoints, logs, metrics
+from pretrain_agent import endpoints, launcher, logs, metrics
 from pretrain_agent.assignment import AssignmentFile
 from pretrain_agent.endpoints import Endpoints
 from pretrain_agent.settings import Settings, SettingsError, output_folder
@@ -294,10 +294,11 @@ def test_metrics_parse_and_keep_prometheus_conventions() -> None:
 
 CHOOSE = """
 from pretrain_agent import launcher
+from pathlib import Path
 if __name__ == "__main__":
     launcher.PRELOAD = launcher.PRELOAD[:1]  # what else ranks need takes seconds to import
     launcher.prepare_environment(2)
-    launcher.start_fork_server("poisoned:main")
+    launcher.start_fork_server("poisoned:main", Path("run.json"))
     print(launcher.choose_start_method())
 """
 POISON = {
@@ -305,6 +306,29 @@ POISON = {
     "is broken": "raise RuntimeError('no')",
     "is fine": "def main(config): ...",
 }
+
+
+@pytest.mark.parametrize(
+    ("config", "modules"),
+    [
+        ({}, []),
+        ({"model": {"converters": []}, "parallelism": {"pipeline_parallel_degree": 1}}, []),
+        ({"model": {"converters": ["x"]}}, ["pretrain_trainer.precision.ao"]),
+        (
+            {"parallelism": {"pipeline_parallel_degree": 2}},
+            ["pretrain_trainer.parallel.pipeline"],
+        ),
+        (["no sections"], []),
+        (None, []),
+    ],
+)
+def test_the_fork_server_imports_what_a_run_uses(
+    tmp_path: Path, config: Any, modules: list[str]
+) -> None:
+    path = tmp_path / "run.json"
+    if config is not None:
+        path.write_text(json.dumps(config))
+    assert launcher.asked_for(path) == modules
 
 
 @pytest.mark.parametrize(

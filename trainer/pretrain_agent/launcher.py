@@ -9,6 +9,7 @@ work nor a CUDA context; a probe finds out, and ranks are spawned afresh, slowly
 """
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import socket
 import sys
 import tempfile
 from multiprocessing import forkserver
+from pathlib import Path
 
 from pretrain_agent import rank
 from pretrain_agent.link import Ready
@@ -30,9 +32,14 @@ PRELOAD = (
     "torch.distributed.elastic.multiprocessing",
     # Imported by torch.use_deterministic_algorithms() and torch.compile, for seconds in every rank.
     "torch._inductor.config",
-    # The same for float8, in half a second; it asks for GPUs, which the variable below makes safe.
-    "pretrain_trainer.precision.ao",
 )
+# What takes seconds to import as well and only some runs use: in the section, a value other than
+# these of the key asks for the module. That of torchao asks whether there are GPUs, which the
+# variable below makes safe.
+PRELOAD_FOR = {
+    "pretrain_trainer.precision.ao": ("model", "converters", (None, [])),
+    "pretrain_trainer.parallel.pipeline": ("parallelism", "pipeline_parallel_degree", (None, 1)),
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +53,7 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="launcher: %(message)s", level=logging.INFO)
     die_with_parent()
     prepare_environment(options.processes)
-    start_fork_server(options.entry_point)
+    start_fork_server(options.entry_point, Path(options.config))
     # torch takes seconds to import; the fork server does the same at the same time
     from pretrain_agent import agent
 
@@ -67,17 +74,30 @@ def prepare_environment(processes: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
 
 
-def start_fork_server(entry_point: str) -> None:
-    """Start it and let it import the trainer; returns at once.
+def start_fork_server(entry_point: str, config: Path) -> None:
+    """Start it and let it import the trainer and what the run uses of it; returns at once.
 
     Its socket goes to where the board is: that is removed at the end, and its path is short enough
     for a socket whatever the temporary directory is.
     """
     module = entry_point.partition(":")[0]
-    multiprocessing.set_forkserver_preload([*PRELOAD, module])
+    multiprocessing.set_forkserver_preload([*PRELOAD, *asked_for(config), module])
     tempfile.tempdir = os.path.dirname(os.environ[names.ENV_BOARD])
     forkserver.ensure_running()
     tempfile.tempdir = None
+
+
+def asked_for(config: Path) -> list[str]:
+    """Modules of :data:`PRELOAD_FOR` that a run uses. A file that can't be read is left to it."""
+    try:
+        sections = json.loads(config.read_bytes())
+        return [
+            module
+            for module, (section, key, without) in PRELOAD_FOR.items()
+            if sections.get(section, {}).get(key) not in without
+        ]
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def choose_start_method() -> str:

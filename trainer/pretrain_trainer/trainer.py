@@ -20,7 +20,6 @@ from pretrain_trainer.init import initialise
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.models.registry import build_model
 from pretrain_trainer.optim import build_optimizer, reset_optimizer, schedule
-from pretrain_trainer.parallel import pipeline
 from pretrain_trainer.parallel.mesh import Mesh
 from pretrain_trainer.parallel.parallelize import parallelize
 from pretrain_trainer.precision.compile import set_up_compiler
@@ -208,6 +207,9 @@ def place_model(
     if mesh.pp is None:
         parallelize(model, config, mesh, device)
         return (model,), Whole(model)
+    # Two seconds of imports, which the fork server takes where there are pipelines.
+    from pretrain_trainer.parallel import pipeline
+
     plan = pipeline.plan(model, config, mesh)
     parts = plan.cut(model)
     for part in parts:

@@ -35,7 +35,7 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_getDevice", "_cuda_set
 # isn't installed torch asks CUDA, which finds nothing to touch.
 torch.cuda._device_count_nvml = lambda: 1
 
-for module in (*launcher.PRELOAD, DEFAULT_ENTRY_POINT.partition(":")[0]):
+for module in (*launcher.PRELOAD, *launcher.PRELOAD_FOR, DEFAULT_ENTRY_POINT.partition(":")[0]):
     importlib.import_module(module)
     assert threads() == of_torch, f"{module} started a thread"
 

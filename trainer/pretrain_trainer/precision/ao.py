@@ -1,9 +1,9 @@
 """What float8 needs of torchao, in a module that is imported only where it is needed.
 
-Importing torchao takes half a second and asks torch whether there is a GPU, so whoever has no use
-for it leaves it alone: this module is imported inside functions, and by the fork server, which
-does it once for all ranks. The rest of torchao is in :mod:`ao_prototype`, because importing that
-goes on to use the GPU.
+Importing torchao takes seconds and asks torch whether there is a GPU, so whoever has no use for it
+leaves it alone: this module is imported inside functions, and by the fork server of a run that
+uses it, which does it once for all ranks. The rest of torchao is in :mod:`ao_prototype`, because
+importing that goes on to use the GPU.
 """
 
 from pretrain_trainer.precision.quiet import quiet
