@@ -15,7 +15,7 @@ from pretrain_api.config import ActivationCheckpoint, Sections
 from pretrain_api.estimate.gpus import Gpu
 from pretrain_api.estimate.memory import BYTES, block_tensors, embedding_tensors, head_tensors
 from pretrain_api.flavors.llama3 import LlamaShape
-from pretrain_api.mesh import Degrees, stage_count
+from pretrain_api.mesh import SPLIT_BACKWARD, Degrees, stage_count
 
 # Of the peak, over all products of a step; chosen so that torchtitan's published runs of 8B on 8
 # H100 (6,667 tokens/s each) and 70B on 256 (597) come out within a fifth.
@@ -145,7 +145,5 @@ def _bubble(config: Sections, shape: LlamaShape, degrees: Degrees) -> float:
     microbatches = config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
     idle = (degrees.pp - 1) / (stages * microbatches)
     fills = config.activation_checkpoint.mode == "none" and not config.compile.enable
-    zero = parallelism.pipeline_parallel_schedule in (
-        "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV",
-    )  # fmt: skip
+    zero = parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
     return idle / ZERO_BUBBLE if zero and fills else idle

@@ -27,6 +27,7 @@ from pretrain_api.mesh.degrees import (
 from pretrain_api.mesh.layout import expert_count, largest_tensor_degree, layout_rules, shape_of
 from pretrain_api.mesh.pipeline import (
     SCHEDULES,
+    SPLIT_BACKWARD,
     Schedule,
     counts_layers,
     schedule_of,
@@ -38,6 +39,7 @@ from pretrain_api.mesh.refusal import Broken, MeshError, Value, nearest, offer
 
 __all__ = [
     "SCHEDULES",
+    "SPLIT_BACKWARD",
     "BatchPlan",
     "Degrees",
     "MeshError",

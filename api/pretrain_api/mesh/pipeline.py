@@ -45,6 +45,8 @@ SCHEDULES = MappingProxyType({
     "ZBVZeroBubble": Schedule(most=2, in_v=True),
     "DualPipeV": Schedule(most=2, a_microbatch_per_stage=True, in_v=True),
 })  # fmt: skip
+# Those that compute gradients of weights when there is nothing better to do.
+SPLIT_BACKWARD = frozenset({"InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"})
 MAX_LAYERS = 512  # per stage, in what is offered
 FROM_FILE = Schedule(fewest=1)  # an order of one's own, which only the trainer reads
 

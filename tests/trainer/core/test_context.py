@@ -304,9 +304,9 @@ def test_documents_are_needed_to_stay_within_them(model: Llama3) -> None:
 
 def test_a_number_format_without_a_kernel_is_refused(run_config: MakeConfig, model: Llama3) -> None:
     config = run_config(model={"attn_mask_type": "block_causal"})
-    mesh = SimpleNamespace(cp=None, dense=SimpleNamespace(device_type="cuda"))
+    mesh: Any = SimpleNamespace(cp=None, dense=SimpleNamespace(device_type="cuda"))
     with pytest.raises(BadInputError, match=r"mixed_precision_param: .* use bfloat16"):
-        context.split(model, config, mesh)  # type: ignore[arg-type]
+        context.split(model, config, mesh)
 
 
 def packed_forward(*args: Any) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """Output and loss in portions: the numbers of one piece, and logits that never exist whole."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def test_logits_never_exist_whole(
     largest = 0
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             nonlocal largest
             result = func(*args, **(kwargs or {}))
             logits = isinstance(result, Tensor) and result.shape[-1:] == (VOCABULARY,)

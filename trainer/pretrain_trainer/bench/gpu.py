@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from pretrain_api.config import Model, RunConfig
+from pretrain_api.estimate.plan import DEBUG_VOCABULARY
 from pretrain_api.flavors.llama3 import FLAVORS, LlamaShape
 from pretrain_api.wire import Order
 from pretrain_trainer.alive import unwatched
@@ -239,7 +240,7 @@ def run(options: Any, say: Callable[[str], None] = print) -> int:
     # Without a GPU memory is no question: the flavor is small.
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 2**40
     say(f"{name}, torch {torch.__version__}, {options.flavor}, sequences of {options.seq_len}")
-    vocabulary = whole.vocab_size or 2048
+    vocabulary = whole.vocab_size or DEBUG_VOCABULARY
     fitting = options.layers or layers_that_fit(whole, vocabulary, memory)
     floors: dict[int, Floor] = {}
     rows, failed = [], 0

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pretrain_api.config import RunConfig
 from pretrain_api.estimate.memory import Memory, memory
+from pretrain_api.estimate.plan import DEBUG_VOCABULARY, GIB
 from pretrain_api.mesh import resolve, shape_of
 from pretrain_trainer.engine import Engine, Whole
 from pretrain_trainer.models.attention import Documents
@@ -35,11 +36,10 @@ from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.models.registry import build_model
 from pretrain_trainer.optim import build_optimizer
 from pretrain_trainer.parallel import parallelize
+from pretrain_trainer.parallel.layout import local
 from pretrain_trainer.parallel.mesh import Mesh, build_mesh
 from pretrain_trainer.trainer import place_model
 
-GIB = 2**30
-VOCABULARY = 2048  # of flavors that take the tokenizer's
 CPU = torch.device("cpu")
 LAYERS = 4  # that run, unless told otherwise
 KEPT, PEAK = 0.01, 0.05  # largest errors allowed
@@ -149,7 +149,7 @@ def _built(
     config: RunConfig, mesh: Mesh, layers: int = 0
 ) -> Iterator[tuple[tuple[LanguageModel, ...], Engine, torch.optim.Optimizer]]:
     """What a rank trains with; within, tensors have no memory."""
-    model = build_model(config.model, VOCABULARY, config.training.seq_len, torch.float32)
+    model = build_model(config.model, DEBUG_VOCABULARY, config.training.seq_len, torch.float32)
     for name in list(model.layers)[layers:] if layers else ():
         del model.layers[name]
     # Meshes are made of real numbers, memory is not.
@@ -188,7 +188,7 @@ def predict(case: Case, layers: int = 0) -> Memory:
     degrees = resolve(case.config.parallelism, case.ranks)
     cut = dataclasses.replace(shape, n_layers=layers or shape.n_layers)
     stage = case.rank * degrees.pp // case.ranks
-    return memory(case.config, cut, degrees, VOCABULARY)[stage]
+    return memory(case.config, cut, degrees, DEBUG_VOCABULARY)[stage]
 
 
 @contextmanager
@@ -244,7 +244,7 @@ def _norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def _held(tensors: Iterator[Tensor]) -> int:
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+    return sum(local(tensor).nbytes for tensor in tensors)
 
 
 def compare(case: Case, layers: int) -> dict[str, tuple[int, int]]:

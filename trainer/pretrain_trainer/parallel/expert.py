@@ -32,9 +32,10 @@ from pretrain_api.config import RunConfig
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.models.moe import Experts, MoE, Router, answer, mixtures, permute
+from pretrain_trainer.parallel.layout import local
 from pretrain_trainer.parallel.mesh import Mesh
+from pretrain_trainer.parallel.tensor import POSITIONS
 
-POSITIONS = 1  # dimension of the stream, [batch, tokens, dim]
 EXPERTS, HIDDEN = 0, {"w1": 1, "w2": 2, "w3": 1}  # dimensions of the stacked weights
 
 # From [rows, dim] in the order of experts, and integer [experts], to [rows, dim].
@@ -102,17 +103,13 @@ def shard_placement(
     def place(parameter: nn.Parameter) -> Shard | ShardPlacementResult | None:
         if not any(parameter is weight for weight in experts):
             return None
-        stacked, first = _local(parameter).shape[:2]
+        stacked, first = local(parameter).shape[:2]
         ranks = own.size(-1)
         inside = stacked % ranks > 0 and first % ranks == 0 and not in_groups
         dimension = Shard(1 if inside else 0)
         return dimension if info is None else ShardPlacementResult(dimension, info)
 
     return place
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _replicate(router: Router, tp: DeviceMesh) -> None:
@@ -139,7 +136,7 @@ def _split_weights(experts: Experts, mesh: Mesh) -> None:
         setattr(experts, name, nn.Parameter(distribute_tensor(weight, parts, places)))
 
     def forward(rows: Tensor, counts: Tensor) -> Tensor:
-        w1, w2, w3 = (_local(weight) for weight in (experts.w1, experts.w2, experts.w3))
+        w1, w2, w3 = (local(weight) for weight in (experts.w1, experts.w2, experts.w3))
         return answer(rows, counts, w1, w2, w3)
 
     experts.forward = forward

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from pretrain_api.config import RunConfig
 from pretrain_trainer.loss import cross_entropy_sum
+from pretrain_trainer.parallel.layout import local
 from pretrain_trainer.precision.compile import compile_loss
 
 PORTION_BYTES = 2**30  # of a portion's logits in float32, on one rank
@@ -53,9 +54,7 @@ def fuse_loss(output: nn.Linear, config: RunConfig, tp: DeviceMesh | None) -> No
     loss = compile_loss(portion_loss, config.compile) if tp is None else split_loss
 
     def forward(x: Tensor, labels: Tensor | None = None) -> Tensor:
-        weight: Tensor = output.weight
-        if isinstance(weight, DTensor):
-            weight = weight.to_local()
+        weight = local(output.weight)
         if isinstance(x, DTensor):  # each rank's gradient comes from its part of the vocabulary
             x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         if labels is None:

@@ -17,6 +17,11 @@ class Placement(NamedTuple):
     owned: tuple[slice, ...]  # one per dimension
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory; of a plain one all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def placement_of(tensor: Tensor) -> Placement:
     """Where this rank's part of ``tensor`` lies in the whole.
 

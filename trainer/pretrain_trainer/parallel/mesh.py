@@ -127,8 +127,7 @@ def build_mesh(degrees: Degrees, device: torch.device) -> Mesh:
     """The mesh of the whole world. Collective."""
     axes = {PP: degrees.pp, DP_REPLICATE: degrees.dp_replicate}
     axes |= {DP_SHARD: degrees.dp_shard * degrees.cp, TP: degrees.tp}
-    shape = {name: n for name, n in axes.items() if n > 1 or name in (DP_REPLICATE, DP_SHARD)}
-    dense = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    dense = _device_mesh(axes, device)
     at = coordinates(degrees, dist.get_rank())
     cp = _sequence_group(degrees) if degrees.cp > 1 else None
     return Mesh(degrees, at, dense, cp, _expert_mesh(degrees, device) if degrees.ep > 1 else None)
@@ -149,7 +148,13 @@ def _expert_mesh(degrees: Degrees, device: torch.device) -> DeviceMesh:
     left = degrees.dp_shard * degrees.cp * degrees.tp // (degrees.ep * degrees.etp)
     axes = {PP: degrees.pp, DP_REPLICATE: degrees.dp_replicate, EFSDP: left, EP: degrees.ep}
     axes |= {ETP: degrees.etp}
-    shape = {name: n for name, n in axes.items() if n > 1 or name in (DP_REPLICATE, EFSDP)}
+    return _device_mesh(axes, device)
+
+
+def _device_mesh(axes: dict[str, int], device: torch.device) -> DeviceMesh:
+    """Torch's mesh of these axes, without those of size 1 that needn't be there. Collective."""
+    always = (DP_REPLICATE, DP_SHARD, EFSDP)
+    shape = {name: n for name, n in axes.items() if n > 1 or name in always}
     return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 

@@ -34,7 +34,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from pretrain_api.config import Parallelism, RunConfig
-from pretrain_api.mesh import stage_count, stages_of_rank
+from pretrain_api.mesh import SPLIT_BACKWARD, stage_count, stages_of_rank
 from pretrain_trainer.engine import Inputs
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.models.attention import Documents
@@ -46,8 +46,6 @@ from pretrain_trainer.parallel.stages import Stages, cut, split
 logger = logging.getLogger(__name__)
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
-
-SPLIT_BACKWARD = frozenset({"InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"})
 
 
 @dataclass(frozen=True, slots=True)
