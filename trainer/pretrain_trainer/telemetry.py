@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain_api.config import RunConfig
+from pretrain_api.estimate.gpus import peak_flops
 from pretrain_api.wire import CheckpointReport, Progress, SkippedCheckpoint
 from pretrain_trainer.models.base import LanguageModel
 from pretrain_trainer.parallel.mesh import DP_SHARD, sizes
@@ -26,22 +27,6 @@ from pretrain_trainer.step import StepReport
 from pretrain_trainer.world import World
 
 logger = logging.getLogger(__name__)
-
-# Dense bfloat16 FLOP/s by the start of a device's name, from the vendors' data sheets.
-PEAKS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2.25e15,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak of a device in FLOP/s; None if it isn't known. The longest matching name counts."""
-    names = [name for name in PEAKS if device_name.startswith(name)]
-    return PEAKS[max(names, key=len)] if names else None
 
 
 def mfu(tokens_per_second: float, flops_per_token: int, peak: float | None) -> float | None:

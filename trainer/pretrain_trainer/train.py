@@ -20,7 +20,7 @@ from pretrain_trainer.settings import Place, load_config
 from pretrain_trainer.step import fetch, run_step
 from pretrain_trainer.supervision import Supervision
 from pretrain_trainer.trainer import Trainer, build_trainer
-from pretrain_trainer.world import World, joined_world, shorten_timeouts
+from pretrain_trainer.world import World, joined_world, set_timeouts
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def train(trainer: Trainer) -> Order:
         leaves = report.agreed.order in (Order.DRAIN, Order.STOP)
         trainer.report(report, last=ends or leaves)
         if phase == Phase.FIRST_STEP:
-            shorten_timeouts(trainer.world, trainer.config.comm.train_timeout_seconds)
+            # Compiled and connected: from here on they are quick.
+            set_timeouts(trainer.world.mesh, trainer.config.comm.train_timeout_seconds)
             report_cache(trainer.config.compile)
             phase = Phase.STEP
         if state.step % training.gc_freq == 0:

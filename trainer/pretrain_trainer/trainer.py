@@ -192,7 +192,7 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
         control=world.control,
     )
     telemetry = Telemetry(config, world, model, supervision.known_progress())
-    made_with = fingerprint(model, tokenizer)
+    made_with = fingerprint(model, tokenizer, config)
     checkpoints = open_checkpoints(config, world.place, made_with, world.control, supervision.alive)
     return Trainer(config, world, machine, supervision, telemetry, checkpoints)
 
@@ -217,10 +217,11 @@ def place_model(
     return parts, pipeline.connect(parts, plan, config, mesh, device)
 
 
-def fingerprint(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
+def fingerprint(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig) -> dict[str, str]:
     """What the run's checkpoints must have been made with, beyond names and shapes of tensors."""
-    meaning = {f"model.{name}": value for name, value in model.meaning().items()}
-    return {**meaning, "tokenizer": tokenizer.digest}
+    meaning = model.meaning() | {"attn_mask_type": config.model.attn_mask_type}
+    named = {f"model.{name}": value for name, value in meaning.items()}
+    return {**named, "tokenizer": tokenizer.digest}
 
 
 def open_checkpoints(

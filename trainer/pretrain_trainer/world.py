@@ -76,6 +76,7 @@ def joined_world(config: RunConfig, place: Place) -> Iterator[World]:
         timeout=timedelta(seconds=config.comm.init_timeout_seconds),
     )
     mesh = build_mesh(degrees, device)
+    set_timeouts(mesh, config.comm.init_timeout_seconds)  # new groups have the backend's own
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     assert isinstance(control, dist.ProcessGroup), "every rank is a member"
     yield World(place, device, mesh, control, plan)
@@ -148,12 +149,12 @@ def make_deterministic(enabled: bool) -> None:
     torch.use_deterministic_algorithms(enabled)
 
 
-def shorten_timeouts(world: World, seconds: int) -> None:
-    """Once compilation and connection set-up are over, expect collectives to be quick.
+def set_timeouts(mesh: Mesh, seconds: int) -> None:
+    """How long collectives of gradients and activations may take from now on.
 
-    Only those of gradients: in the control group ranks wait for data and for storage.
+    Not those of the control group, in which ranks wait for data and for storage.
     """
     # Public since torch 2.15, deprecated under its old name there.
     change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-    for group in (dist.group.WORLD, *world.mesh.groups()):
+    for group in (dist.group.WORLD, *mesh.groups()):
         change(timedelta(seconds=seconds), group)

@@ -134,7 +134,8 @@ def test_another_jobs_root_is_refused_with_the_way_out(manager, state, root):
         with pytest.raises(CheckpointConfigError) as refused:
             getattr(other, use)(*arguments)
         assert "belongs to another job" in str(refused.value)
-        assert f"checkpoint.initial_load_path to {root / 'step-10'}" in str(refused.value)
+        assert "checkpoint.initial_load_path (initialLoadPath in a" in str(refused.value)
+        assert f"to {root / 'step-10'} and checkpoint.folder to a new" in str(refused.value)
         assert isinstance(refused.value, BadInputError)
     assert names(root) == before
 

@@ -4,7 +4,7 @@ Everything is float32. Against one process, which takes the same batch in as man
 
 - the first step's loss within 1e-6, relative;
 - every gradient of the first step within 2e-5 of its parameter's largest element;
-- the losses of ten steps within 1e-5, relative.
+- the losses of ten steps, and the norms by which gradients are clipped, within 1e-5, relative.
 
 What differs is the order in which floating point numbers are added. A mistake of a layout (a
 reduction forgotten, a mean for a sum, a position rotated twice) is a matter of percents.
@@ -22,7 +22,7 @@ from pretrain_api.config import RunConfig
 from pretrain_trainer.checkpoint.digest import digests
 
 from .layouts import ALL, CHOSEN, LLAMA, Cell, alone, picked
-from .watched import Array, copy_checkpoint, watched_steps
+from .watched import Array, copy_checkpoint, watched_run
 
 Ranks = Callable[..., Any]
 Run = Callable[..., Any]
@@ -30,14 +30,18 @@ MakeConfig = Callable[..., RunConfig]
 
 STEPS = 10
 BATCH: dict[str, Any] = {"global_batch_size": 8}  # the smallest that every layout can share
-LOSS, GRADIENT, CURVE = 1e-6, 2e-5, 1e-5
+LOSS, GRADIENT, CURVE, NORM = 1e-6, 2e-5, 1e-5, 1e-5
 
 
-def observe(ranks: Ranks, cell: Cell, config: RunConfig) -> tuple[dict[str, Array], list[float]]:
-    """The same of the whole layout: all parameters, and the losses that would be reported."""
-    seen = ranks(cell.ranks, watched_steps, config)
-    gradients = {name: value for found, _ in seen for name, value in found.items()}
-    return gradients, np.sum([losses for _, losses in seen], axis=0).tolist()
+def observe(
+    ranks: Ranks, cell: Cell, config: RunConfig
+) -> tuple[dict[str, Array], list[float], list[float]]:
+    """The same of the whole layout: all parameters, and losses and norms that would be reported."""
+    seen = ranks(cell.ranks, watched_run, config)
+    gradients = {name: value for found, *_ in seen for name, value in found.items()}
+    norms = seen[0][2]
+    assert all(each == norms for *_, each in seen)  # all clip alike
+    return gradients, np.sum([losses for _, losses, _ in seen], axis=0).tolist(), norms
 
 
 def configured(make: MakeConfig, cell: Cell, **changes: dict[str, Any]) -> RunConfig:
@@ -62,8 +66,9 @@ def compare(ranks: Ranks, make: MakeConfig, references: dict[str, Any], cell: Ce
     key = str(reference)
     if key not in references:
         references[key] = observe(ranks, reference, configured(make, reference, **changes))
-    expected, curve = references[key]
-    gradients, losses = observe(ranks, cell, configured(make, cell, **changes))
+    expected, curve, lengths = references[key]
+    gradients, losses, norms = observe(ranks, cell, configured(make, cell, **changes))
+    assert norms == pytest.approx(lengths, rel=NORM)
     assert losses[0] == pytest.approx(curve[0], rel=LOSS)
     assert losses == pytest.approx(curve, rel=CURVE)
     assert gradients.keys() == expected.keys()

@@ -279,35 +279,37 @@ def test_a_rolled_back_run_saves_what_it_trains(
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("shape", "other", "part"),
     [
-        ({"rope_theta": 10_000.0}, r"model\.rope_theta \(500000\.0 instead of 10000\.0\)"),
-        ({"n_heads": 8, "n_kv_heads": 4}, r"model\.n_heads"),
-        ({"norm_eps": 1e-6}, r"model\.norm_eps"),
-        ({"rope_scaling": RopeScaling(factor=32.0)}, r"model\.rope_scaling\.factor"),
-        ({}, "tokenizer"),
+        ({"rope_theta": 10_000.0}, {}, r"model\.rope_theta \(500000\.0 instead of 10000\.0\)"),
+        ({"n_heads": 8, "n_kv_heads": 4}, {}, r"model\.n_heads"),
+        ({"norm_eps": 1e-6}, {}, r"model\.norm_eps"),
+        ({"rope_scaling": RopeScaling(factor=32.0)}, {}, r"model\.rope_scaling\.factor"),
+        ({}, {"mask": "block_causal"}, r"model\.attn_mask_type \(causal instead of block_causal\)"),
+        ({}, {"digest": "of another one"}, "tokenizer"),
     ],
 )
 def test_a_model_of_equal_shapes_but_another_meaning_is_refused(
-    run_config: MakeConfig, change: dict[str, Any], part: str
+    run_config: MakeConfig, shape: dict[str, Any], other: dict[str, str], part: str
 ) -> None:
-    config = run_config()
-    shape = dataclasses.replace(FLAVORS["tiny"], vocab_size=64)
-    tokenizer = load_tokenizer(config.model.hf_assets_path)
-
-    def opened(model: Llama3) -> tuple[CheckpointManager, dict[str, Any]]:
-        checkpoints = open_checkpoints(config, Place(), fingerprint(model, tokenizer))
+    def opened(
+        mask: str = "causal", digest: str | None = None, **changed: Any
+    ) -> tuple[CheckpointManager, dict[str, Any]]:
+        config = run_config(model={"attn_mask_type": mask})
+        tokenizer = load_tokenizer(config.model.hf_assets_path)
+        tokenizer.digest = digest or tokenizer.digest
+        small = dataclasses.replace(FLAVORS["tiny"], vocab_size=64, **changed)
+        model = Llama3(small, seq_len=8)
+        checkpoints = open_checkpoints(config, Place(), fingerprint(model, tokenizer, config))
         assert checkpoints is not None
         return checkpoints, {"model": dict(model.state_dict())}
 
-    checkpoints, state = opened(Llama3(shape, seq_len=8))
+    checkpoints, state = opened()
     checkpoints.save(1, state)
-    checkpoints, state = opened(Llama3(shape, seq_len=8))
+    checkpoints, state = opened()
     assert checkpoints.load(state).step == 1
 
-    if not change:
-        tokenizer.digest = "of another one"
-    checkpoints, state = opened(Llama3(dataclasses.replace(shape, **change), seq_len=8))
+    checkpoints, state = opened(**other, **shape)
     with pytest.raises(CheckpointConfigError, match=f"step-1 was made with another {part}"):
         checkpoints.load(state)
 

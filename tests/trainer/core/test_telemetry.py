@@ -22,7 +22,7 @@ from pretrain_trainer.models.llama3 import Llama3
 from pretrain_trainer.settings import Place
 from pretrain_trainer.state import TrainState
 from pretrain_trainer.step import StepReport
-from pretrain_trainer.telemetry import Telemetry, log_fields, log_line, mfu, peak_flops
+from pretrain_trainer.telemetry import Telemetry, log_fields, log_line, mfu
 from pretrain_trainer.world import World
 
 PROGRESS = Progress(
@@ -38,20 +38,6 @@ PROGRESS = Progress(
     step_seconds=0.75,
     data_wait_seconds=0.001,
 )
-
-
-@pytest.mark.parametrize(
-    ("device", "peak"),
-    [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GeForce GTX 1080", None),
-    ],
-)
-def test_peak_of_a_device(device: str, peak: float | None) -> None:
-    assert peak_flops(device) == peak
 
 
 def test_mfu_is_a_fraction_of_the_peak_and_unknown_without_one() -> None:

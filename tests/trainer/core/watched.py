@@ -11,6 +11,7 @@ from pretrain_api.wire import Order
 from pretrain_trainer import step as step_module
 from pretrain_trainer.alive import unwatched
 from pretrain_trainer.models.base import named_parameters
+from pretrain_trainer.precision import float8
 from pretrain_trainer.settings import Place
 from pretrain_trainer.supervision import Supervision
 from pretrain_trainer.trainer import build_trainer, open_checkpoints
@@ -21,6 +22,12 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 def watched_steps(config: RunConfig) -> tuple[dict[str, Array], list[float]]:
     """Take all steps: the first one's gradients before clipping, whole; and this rank's losses."""
+    gradients, losses, _ = watched_run(config)
+    return gradients, losses
+
+
+def watched_run(config: RunConfig) -> tuple[dict[str, Array], list[float], list[float]]:
+    """The same, and the norm of all gradients in every step."""
     with joined_world(config, Place.from_environment(os.environ)) as world:
         trainer = build_trainer(config, world, Supervision(world.place))
         machine = trainer.machine
@@ -34,7 +41,7 @@ def watched_steps(config: RunConfig) -> tuple[dict[str, Array], list[float]]:
                     gradients[name] = whole.cpu().numpy().copy()
             return clip(parts, *rest)
 
-        losses = []
+        losses, norms = [], []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(step_module, "clip_gradients", look)
             for _ in range(config.training.steps):
@@ -44,10 +51,18 @@ def watched_steps(config: RunConfig) -> tuple[dict[str, Array], list[float]]:
                 )
                 assert report is not None
                 losses.append(float(report.loss))
+                norms.append(float(report.grad_norm))
         machine.loader.close()
         # Ranks that hold the same parameters would send the same again.
         sends = world.mesh.at[1:] == (0, 0, 0, 0)
-        return gradients if sends else {}, losses
+        return gradients if sends else {}, losses, norms
+
+
+def watched_steps_in_real_float8(config: RunConfig) -> tuple[dict[str, Array], list[float]]:
+    """The same on a CPU with the products that are refused there, because they are slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float8, "require_capability", lambda *_: None)
+        return watched_steps(config)
 
 
 def copy_checkpoint(config: RunConfig, target: RunConfig) -> None:

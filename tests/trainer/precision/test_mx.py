@@ -24,6 +24,8 @@ Ranks = Callable[..., Any]
 MakeConfig = Callable[..., RunConfig]
 
 LEAST_DECIBELS = 26  # measured: 29.9
+SPLIT_DECIBELS = 50  # measured: 55.2
+EXPERTS_DECIBELS = 46  # in bfloat16; measured: 183 (fsdp), 77.7 (ep), 50.3 (ep out of tp)
 SMALL = LlamaShape(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32)
 
 
@@ -58,6 +60,18 @@ def test_emulated_products_are_near_the_truth_on_any_layout(
         np.testing.assert_allclose(sharded[0][0][name], value, rtol=0, atol=room, err_msg=name)
 
 
+def test_split_products_are_near_whole_ones(ranks: Ranks, run_config: MakeConfig) -> None:
+    """Sums over ranks end in other last bits; a cast turns a few of those into other numbers."""
+    sections = mx()
+    sections["model"]["flavor"] = "debugmodel"  # wide enough to be split between ranks
+    ((alone, _),) = ranks(1, watched_steps, run_config(**sections))
+    split = run_config(**sections, parallelism={"tensor_parallel_degree": 2})
+    ((tensor_parallel, _), *_) = ranks(2, watched_steps, split)
+    measured = decibels(alone, tensor_parallel)
+    print(f"mxfp8, tensor parallel, to one process: {measured:.1f} dB")
+    assert measured > SPLIT_DECIBELS
+
+
 def test_names_stay(run_config: MakeConfig) -> None:
     model = meta()
     convert(model, run_config(**mx(filter_fqns=["output", "wk"])), torch.device("cpu"))
@@ -70,10 +84,10 @@ def test_names_stay(run_config: MakeConfig) -> None:
     ("sections", "sentence"),
     [
         (mx("mxfp8_cublas"), "quantize.linear.mx needs a GPU of compute capability 10.0 or newer"),
-        (mx("nvfp4"), "quantize.linear.mx.recipe_name: there is no 'nvfp4', only mxfp8_emulated,"),
         (
-            {"model": {"converters": ["quantize.grouped_mm.float8"]}},
-            "quantize.grouped_mm.float8 needs a GPU of compute capability 9.0 or newer and there",
+            mx("nvfp4"),
+            "quantize.linear.mx.recipe_name: there is no 'nvfp4', only mxfp8_emulated, "
+            "mxfp8_cublas, mxfp8_cublas_rceil; torchao has NVFP4 for inference only, on GPUs of",
         ),
         (
             {"model": {"converters": ["quantize.grouped_mm.mx"]}},
@@ -98,43 +112,62 @@ class Experts(nn.Module):
         self.gate = nn.Linear(16, 4, bias=False)
 
 
-@pytest.mark.parametrize("converter", [grouped.FLOAT8, grouped.MX])
-def test_weights_of_experts_are_wrapped_under_their_names(
-    run_config: MakeConfig, converter: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The products themselves need hardware that tests don't have."""
-    monkeypatch.setattr(grouped, "require_capability", lambda *_: None)
-    kind = converter.rpartition(".")[2]
+def experts(*fqns: str) -> dict[str, Any]:
+    """Sections that switch it on for experts."""
+    return {
+        "model": {"converters": [grouped.CONVERTER], "flavor": "tiny_moe"},
+        "quantize": {"grouped_mm": {"mx": {"recipe_name": "mxfp8_emulated", "fqns": list(fqns)}}},
+        "checkpoint": {"enable": False},
+        "training": {"steps": 2, "mixed_precision_param": "bfloat16"},
+    }
 
-    def converted(fqns: list[str]) -> nn.Module:
+
+def test_weights_of_experts_are_wrapped_under_their_names(run_config: MakeConfig) -> None:
+    def converted(*fqns: str) -> nn.Module:
         model = nn.ModuleDict({"experts": Experts()})
-        config = run_config(
-            model={"converters": [converter]}, quantize={"grouped_mm": {kind: {"fqns": fqns}}}
-        )
-        convert(model, config, torch.device("cuda"))  # pyright: ignore[reportArgumentType]  # enough of a model
+        convert(model, run_config(**experts(*fqns)), torch.device("cpu"))  # pyright: ignore[reportArgumentType]  # enough of a model
         return model
 
-    model = converted(["experts"])
+    model = converted("experts")
     assert list(model.state_dict()) == ["experts.w1", "experts.gate.weight"]
     assert type(model.get_parameter("experts.w1").data).__name__.endswith("WrapperTensor")
     inside = plain(model.state_dict())["experts.w1"]
     assert type(inside) is torch.Tensor
     assert torch.equal(inside, torch.ones(4, 32, 16))
-    for fqns, what in ([], "an empty list"), (["moe"], "moe"):
-        with pytest.raises(BadInputError, match=rf"{converter}.fqns: {what} names no experts; "):
-            converted(fqns)
+    with pytest.raises(BadInputError, match=r"grouped_mm.mx.fqns: an empty list names no experts"):
+        converted()
+    with pytest.raises(BadInputError, match=r"grouped_mm.mx.fqns: moe names no experts; "):
+        converted("moe")
+    sections = experts("experts") | {"training": {"mixed_precision_param": "float32"}}
+    with pytest.raises(BadInputError, match=r"training.mixed_precision_param: the products of"):
+        convert(meta(), run_config(**sections), torch.device("cpu"))
 
 
-def test_a_dense_model_has_no_experts(
-    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grouped, "require_capability", lambda *_: None)
-    config = run_config(
-        model={"converters": [grouped.FLOAT8]},
-        quantize={"grouped_mm": {"float8": {"fqns": ["experts"]}}},
-    )
+def test_experts_train_near_the_truth_on_any_layout(ranks: Ranks, run_config: MakeConfig) -> None:
+    sections = experts("experts")
+    truth_run = {**sections, "model": {"flavor": "tiny_moe"}}
+    ((truth, losses),) = ranks(1, watched_steps, run_config(**truth_run))
+    ((alone, near),) = ranks(1, watched_steps, run_config(**sections))
+    assert LEAST_DECIBELS < decibels(truth, alone) < 60
+    assert near == pytest.approx(losses, rel=1e-3)
+    for name, degrees in (
+        ("fsdp 2", {}),
+        ("ep 2", {"expert_parallel_degree": 2}),
+        ("ep 2 out of tp 2", {"tensor_parallel_degree": 2, "expert_parallel_degree": 2}),
+    ):
+        seen = ranks(2, watched_steps, run_config(**sections, parallelism=degrees))
+        measured = decibels(alone, seen[0][0])
+        print(f"experts in mxfp8, {name}, to one process: {measured:.1f} dB")
+        assert measured > EXPERTS_DECIBELS
+        total = np.sum([losses for _, losses in seen], axis=0)
+        assert total == pytest.approx(near, rel=1e-3)
+
+
+def test_a_dense_model_has_no_experts(run_config: MakeConfig) -> None:
+    sections = experts("experts")
+    del sections["model"]["flavor"]
     with pytest.raises(BadInputError, match="experts names no experts; this model has none"):
-        convert(meta(), config, torch.device("cuda"))
+        convert(meta(), run_config(**sections), torch.device("cpu"))
 
 
 def test_a_machine_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from pretrain_api.config import Model, RunConfig
+from pretrain_api.estimate.gpus import peak_flops
 from pretrain_api.estimate.plan import DEBUG_VOCABULARY
 from pretrain_api.flavors.llama3 import FLAVORS, LlamaShape
 from pretrain_api.wire import Order
@@ -36,10 +38,11 @@ from pretrain_trainer.bench.roofline import Floor, floor, synchronize
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.models.llama3 import Llama3
 from pretrain_trainer.models.registry import FAMILIES
+from pretrain_trainer.precision.compile import CACHE_VARIABLE
 from pretrain_trainer.settings import Place
 from pretrain_trainer.step import fetch, run_step
 from pretrain_trainer.supervision import Supervision
-from pretrain_trainer.telemetry import mfu, peak_flops
+from pretrain_trainer.telemetry import mfu
 from pretrain_trainer.trainer import build_trainer
 from pretrain_trainer.world import joined_world
 
@@ -244,27 +247,32 @@ def run(options: Any, say: Callable[[str], None] = print) -> int:
     fitting = options.layers or layers_that_fit(whole, vocabulary, memory)
     floors: dict[int, Floor] = {}
     rows, failed = [], 0
+    cache = os.environ.get(CACHE_VARIABLE)
     for variant in VARIANTS:
         if not variant.name.startswith(options.only):
             continue
         layers = whole.n_layers if variant.whole else fitting
         shape = dataclasses.replace(whole, n_layers=layers)
         work = describe(shape, whole, vocabulary, options)
-        if layers not in floors:
-            floors[layers] = floor(
-                shape, vocabulary, work.batch, work.seq_len, work.parameters, device
-            )
         try:
+            if layers not in floors:
+                floors[layers] = floor(
+                    shape, vocabulary, work.batch, work.seq_len, work.parameters, device
+                )
+                release(device, cache)
             with tempfile.TemporaryDirectory() as folder, cut_family(shape):
                 write_documents(Path(folder) / "documents.jsonl", 4 * work.tokens)
                 config = configuration(variant, options, Path(folder))
                 outcome = measure(config, options.warm, options.steps)
-        except (BadInputError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # whatever it is, the other variants are worth their table
+            if not isinstance(error, BadInputError | torch.OutOfMemoryError):
+                traceback.print_exc()
             failed += 1
-            rows.append([variant.name, str(layers), *["-"] * 7, str(error).split("\n")[0]])
+            words = str(error).split("\n")[0] or type(error).__name__
+            rows.append([variant.name, str(layers), *["-"] * 7, words])
             continue
         finally:
-            release(device)
+            release(device, cache)
         say(f"{variant.name}: {outcome.seconds:.3f} s per step, loss {outcome.loss:.3f}")
         published = variant.published if options.flavor == "8B" else ""
         numbers = row(variant.name, work, floors[layers], outcome, peak_flops(name))
@@ -278,11 +286,15 @@ def run(options: Any, say: Callable[[str], None] = print) -> int:
     return failed
 
 
-def release(device: torch.device) -> None:
-    """Forget a variant's model, its compiled code and its memory."""
+def release(device: torch.device, cache: str | None) -> None:
+    """Forget a variant's model, its memory, and its compiled code with the folder it was in."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch.compiler.reset()
+    if cache is None:
+        os.environ.pop(CACHE_VARIABLE, None)
+    else:
+        os.environ[CACHE_VARIABLE] = cache
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

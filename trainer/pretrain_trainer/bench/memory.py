@@ -38,6 +38,7 @@ from pretrain_trainer.optim import build_optimizer
 from pretrain_trainer.parallel import parallelize
 from pretrain_trainer.parallel.layout import local
 from pretrain_trainer.parallel.mesh import Mesh, build_mesh
+from pretrain_trainer.precision.convert import convert
 from pretrain_trainer.trainer import place_model
 
 CPU = torch.device("cpu")
@@ -87,7 +88,6 @@ EVERY_SECOND = {"mode": "selective", "selective_ac_option": "2"}
 TP8 = {"tensor_parallel_degree": 8}
 CP8 = {"context_parallel_degree": 8}
 PP8 = TP8 | {"pipeline_parallel_degree": 8}
-INTERLEAVED = PP8 | {"pipeline_parallel_schedule": "Interleaved1F1B"}
 CASES = (
     Case("8B", 8, {}, BY_OPERATOR, 2),
     Case("8B", 8, {}, NONE),
@@ -102,7 +102,6 @@ CASES = (
     Case("405B", 512, TP8 | {"data_parallel_replicate_degree": 2}, BY_OPERATOR),
     Case("405B", 512, PP8, FULL, 32),
     Case("405B", 512, PP8, FULL, 32, rank=448),
-    Case("405B", 512, INTERLEAVED, FULL, 32, rank=448),
 )
 
 
@@ -123,22 +122,23 @@ class Passes:
     peak: int
 
 
-def measure(case: Case, layers: int) -> tuple[State, Passes | None]:
-    """Build what the case's rank has of its model, and run a shorter one forward and backward.
+def measure(
+    config: RunConfig, ranks: int, rank: int, layers: int | None
+) -> tuple[State, Passes | None]:
+    """Build what one of ``ranks`` has of its model, and run a shorter one forward and backward.
 
-    That one has ``layers`` blocks, or all if 0: the tracker takes seconds for each. A pipeline
-    is only built. Nothing else may be distributed in this process, before or after: DTensor
-    remembers meshes.
+    That one has ``layers`` blocks, or all if 0: the tracker takes seconds for each. A pipeline is
+    only built, and so is all else without ``layers``. Nothing else may be distributed in this
+    process, before or after: DTensor remembers meshes.
     """
-    config = case.config
-    with _alone_among(case.ranks, case.rank), _as_on_a_gpu():
-        mesh = build_mesh(resolve(config.parallelism, case.ranks), CPU)
+    with _alone_among(ranks, rank), _as_on_a_gpu():
+        mesh = build_mesh(resolve(config.parallelism, ranks), CPU)
         with _built(config, mesh) as (parts, engine, optimizer):
             state = State(
                 parameters=_held(p for part in parts for p in part.parameters()),
                 optimizer=_held(v for s in optimizer.state.values() for v in s.values()),
             )
-        if not isinstance(engine, Whole):
+        if layers is None or not isinstance(engine, Whole):
             return state, None
         with _built(config, mesh, layers) as ((model,), _, optimizer):
             return state, _passes(model, optimizer, config, mesh)
@@ -152,6 +152,7 @@ def _built(
     model = build_model(config.model, DEBUG_VOCABULARY, config.training.seq_len, torch.float32)
     for name in list(model.layers)[layers:] if layers else ():
         del model.layers[name]
+    convert(model, config, CPU)
     # Meshes are made of real numbers, memory is not.
     with mock.patch.object(parallelize, "give_memory"):
         parts, engine = place_model(model, config, mesh, CPU)
@@ -181,14 +182,14 @@ def _passes(
     )
 
 
-def predict(case: Case, layers: int = 0) -> Memory:
+def predict(config: RunConfig, ranks: int, rank: int, layers: int = 0) -> Memory:
     """What the planner says of the same rank."""
-    shape = shape_of(case.config.model)
+    shape = shape_of(config.model)
     assert shape is not None, "the cases are of known models"
-    degrees = resolve(case.config.parallelism, case.ranks)
+    degrees = resolve(config.parallelism, ranks)
     cut = dataclasses.replace(shape, n_layers=layers or shape.n_layers)
-    stage = case.rank * degrees.pp // case.ranks
-    return memory(case.config, cut, degrees, DEBUG_VOCABULARY)[stage]
+    stage = rank * degrees.pp // ranks
+    return memory(config, cut, degrees, DEBUG_VOCABULARY)[stage]
 
 
 @contextmanager
@@ -247,13 +248,15 @@ def _held(tensors: Iterator[Tensor]) -> int:
     return sum(local(tensor).nbytes for tensor in tensors)
 
 
-def compare(case: Case, layers: int) -> dict[str, tuple[int, int]]:
+def compare(
+    config: RunConfig, ranks: int, rank: int, layers: int | None
+) -> dict[str, tuple[int, int]]:
     """Predicted and measured bytes by component."""
-    state, passes = measure(case, layers)
-    whole = predict(case)
+    state, passes = measure(config, ranks, rank, layers)
+    whole = predict(config, ranks, rank)
     found = {name: (getattr(whole, name), getattr(state, name)) for name in STATE}
     if passes is not None:
-        cut = predict(case, layers)
+        cut = predict(config, ranks, rank, layers or 0)
         found |= {name: (getattr(cut, name), getattr(passes, name)) for name in PASSES}
     return found
 
@@ -273,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=LAYERS, help="that run; 0 is all")
     options = parser.parse_args(argv)
     if options.case is not None:
-        print(json.dumps(compare(CASES[options.case], options.layers)))
+        case = CASES[options.case]
+        print(json.dumps(compare(case.config, case.ranks, case.rank, options.layers)))
         return 0
     bad = False
     for number, case in enumerate(CASES):

@@ -298,8 +298,8 @@ def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
 
 def _adopt(example: Path) -> str:
     return (
-        f"to start from one of its checkpoints set checkpoint.initial_load_path to {example} "
-        "and checkpoint.folder to a new folder"
+        "to start from one of its checkpoints set checkpoint.initial_load_path (initialLoadPath in "
+        f"a PretrainJob) to {example} and checkpoint.folder to a new folder"
     )
 
 

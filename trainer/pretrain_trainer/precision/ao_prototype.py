@@ -7,15 +7,9 @@ there is a GPU that makes a CUDA context, which would spoil every fork.
 from pretrain_trainer.precision.quiet import quiet
 
 with quiet():
-    from torchao.prototype.moe_training.config import (
-        Float8TrainingOpConfig,
-        MXFP8TrainingOpConfig,
-    )
+    from torchao.prototype.moe_training.config import MXFP8TrainingOpConfig
     from torchao.prototype.moe_training.mxfp8_linear import mx_mm
-    from torchao.prototype.moe_training.tensor import (
-        Float8TrainingWeightWrapperTensor,
-        MXFP8TrainingWeightWrapperTensor,
-    )
+    from torchao.prototype.moe_training.tensor import MXFP8TrainingWeightWrapperTensor
     from torchao.prototype.mx_formats.config import (
         MXFP8Dim0CastKernelChoice,
         MXFP8Dim1CastKernelChoice,
@@ -24,8 +18,6 @@ with quiet():
     from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
 __all__ = [
-    "Float8TrainingOpConfig",
-    "Float8TrainingWeightWrapperTensor",
     "KernelPreference",
     "MXFP8Dim0CastKernelChoice",
     "MXFP8Dim1CastKernelChoice",

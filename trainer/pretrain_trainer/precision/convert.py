@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 CONVERTERS: dict[str, Callable[[LanguageModel, RunConfig, torch.device], None]] = {
     float8.CONVERTER: float8.convert,
     mx.CONVERTER: mx.convert,
-    grouped.FLOAT8: grouped.convert_float8,
-    grouped.MX: grouped.convert_mx,
+    grouped.CONVERTER: grouped.convert,
 }
 
 

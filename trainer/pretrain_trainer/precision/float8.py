@@ -27,8 +27,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pretrain_api.config import RunConfig
 from pretrain_trainer.engine import Engine, Inputs
+from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.models.base import LanguageModel
-from pretrain_trainer.precision.layers import choose, require_capability
+from pretrain_trainer.precision.layers import (
+    choose,
+    require_capability,
+    require_whole_reshard,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +47,24 @@ def convert(model: LanguageModel, config: RunConfig, device: torch.device) -> No
     """Let the linear layers of blocks compute in float8, in place. The model is whole and on meta.
 
     Raises:
-        BadInputError: the hardware has no float8, or no layer is left to convert.
+        BadInputError: the hardware has no float8 or not for so many tokens, no layer is left to
+            convert, or the float8 all-gather can't be had with what else is asked for.
     """
     from pretrain_trainer.precision import ao
 
     options = config.quantize.linear.float8
+    recipe = options.recipe_name or "tensorwise"
     if not options.emulate:
         instead = f"set {CONVERTER}.emulate to compute the same numbers slowly"
         require_capability(device, CAPABILITY, CONVERTER, instead)
-    recipe = options.recipe_name or "tensorwise"
+        require_multiple_of_tokens(config, recipe)
+    if options.enable_fsdp_float8_all_gather:
+        require_whole_reshard(config, f"{CONVERTER}.enable_fsdp_float8_all_gather")
+        if config.training.enable_cpu_offload and scales_are_computed_ahead(config):
+            raise BadInputError(
+                "training.enable_cpu_offload: scales of weights that are computed ahead don't "
+                f"travel to the GPU; remove {CONVERTER}.enable_fsdp_float8_all_gather"
+            )
     settings = dataclasses.replace(
         ao.Float8LinearConfig.from_recipe_name(recipe),
         enable_fsdp_float8_all_gather=options.enable_fsdp_float8_all_gather,
@@ -78,6 +92,33 @@ def convert(model: LanguageModel, config: RunConfig, device: torch.device) -> No
     logger.info("float8 %s: %d linear layers", recipe, len(chosen))
 
 
+def require_multiple_of_tokens(config: RunConfig, recipe: str) -> None:
+    """Raise BadInputError if gradients of weights are sums over tokens that no kernel takes."""
+    if recipe == "rowwise_with_gw_hp":
+        return  # they are in high precision
+    split = config.parallelism
+    pipelined = split.pipeline_parallel_degree > 1
+    batch = (
+        split.pipeline_parallel_microbatch_size if pipelined else config.training.local_batch_size
+    )
+    tokens = batch * config.training.seq_len // split.context_parallel_degree
+    if tokens % MULTIPLE:
+        raise BadInputError(
+            f"training.seq_len: {tokens} tokens go through a layer at once, and float8 needs a "
+            f"multiple of {MULTIPLE}; choose another length, or recipe_name rowwise_with_gw_hp"
+        )
+
+
+def scales_are_computed_ahead(config: RunConfig) -> bool:
+    """Whether scales of all weights are computed together, for the float8 all-gather."""
+    options = config.quantize.linear.float8
+    # Computed one by one, a scale is that of what a rank of tensor parallelism has of the weight.
+    split = config.parallelism.tensor_parallel_degree > 1
+    return options.enable_fsdp_float8_all_gather and (
+        options.precompute_float8_dynamic_scale_for_fsdp or split
+    )
+
+
 def precompute_scales(
     parts: Sequence[nn.Module], engine: Engine, optimizer: torch.optim.Optimizer, config: RunConfig
 ) -> Engine:
@@ -86,12 +127,7 @@ def precompute_scales(
     That is after each step of ``optimizer``, and before the first use of the engine that is
     returned, so that a run that was resumed has the same scales as one that went on.
     """
-    options = config.quantize.linear.float8
-    if not (options.enable_fsdp_float8_all_gather and CONVERTER in config.model.converters):
-        return engine
-    # Computed one by one, a scale is that of what a rank of tensor parallelism has of the weight.
-    split = config.parallelism.tensor_parallel_degree > 1
-    if not (options.precompute_float8_dynamic_scale_for_fsdp or split):
+    if not (CONVERTER in config.model.converters and scales_are_computed_ahead(config)):
         return engine
     from pretrain_trainer.precision import ao
 

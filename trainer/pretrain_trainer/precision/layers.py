@@ -1,8 +1,8 @@
 """Which layers of a model a number format is for, and whether the hardware has that format.
 
-Only layers of blocks are converted. The output layer is one piece with the loss, in which it stays
-in the model's own precision; most recipes leave it there anyway, because it is the layer whose
-rounding shows most.
+Only layers of blocks are converted, without the routers of experts. The output layer is one piece
+with the loss, in which it stays in the model's own precision; most recipes leave it there anyway,
+because it is the layer whose rounding shows most.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pretrain_api.config import RunConfig
 from pretrain_trainer.errors import BadInputError
 from pretrain_trainer.models.base import LanguageModel
+
+ROUTER = ".router.gate"  # whose choice among experts must not depend on how numbers are rounded
 
 Choice = Callable[[nn.Linear, str], bool]
 
@@ -43,6 +46,7 @@ def choose(
         name: layer
         for name, layer in known.items()
         if name.startswith("layers.")
+        and not name.endswith(ROUTER)
         and not any(part in name for part in filters)
         and layer.in_features % multiple == 0
         and layer.out_features % multiple == 0
@@ -64,6 +68,18 @@ def require_names(parts: tuple[str, ...], known: dict[str, nn.Linear], key: str)
                 f"{key}: no linear layer of this model has {part!r} in its name; remove it, or "
                 f"name layers as in {next(iter(known))}"
             )
+
+
+def require_whole_reshard(config: RunConfig, key: str) -> None:
+    """Raise BadInputError where weights are cast as they are gathered, and gathered from a part.
+
+    FSDP keeps shards of a part of the ranks as bytes that know nothing of their casting.
+    """
+    if isinstance(config.parallelism.fsdp_reshard_after_forward, int):
+        raise BadInputError(
+            "parallelism.fsdp_reshard_after_forward: a number of ranks can't be combined with "
+            f"{key}; set it to default, always or never"
+        )
 
 
 def require_capability(

@@ -4,7 +4,9 @@ Thirty-two neighbouring numbers share a scale that is a power of two. Blackwell 
 numbers; elsewhere they can only be emulated. As with float8, a weight stays what it was and is cast
 before each product, so checkpoints don't know about it.
 
-torchao has the arithmetic and no layer around it any more, so the layer is here.
+torchao has the arithmetic and no layer around it any more, so the layer is here. It has no
+gradients through products in NVFP4, sixteen numbers to a scale: those are for inference, and for
+training that imitates inference.
 """
 
 import logging
@@ -25,6 +27,7 @@ CONVERTER = "quantize.linear.mx"
 BLOCK = 32  # numbers that share a scale
 CAPABILITY = (10, 0)  # Blackwell
 EMULATED = "mxfp8_emulated"
+NO_NVFP4 = "torchao has NVFP4 for inference only, on GPUs of compute capability 10.0 or newer"
 ROUNDING = {EMULATED: "RCEIL", "mxfp8_cublas": "FLOOR", "mxfp8_cublas_rceil": "RCEIL"}
 
 
@@ -48,12 +51,11 @@ def convert(model: LanguageModel, config: RunConfig, device: torch.device) -> No
     if rounding is None:
         raise BadInputError(
             f"{CONVERTER}.recipe_name: there is no {options.recipe_name!r}, only "
-            f"{', '.join(ROUNDING)}"
+            f"{', '.join(ROUNDING)}; {NO_NVFP4}"
         )
     emulate = options.recipe_name == EMULATED
     if not emulate:
-        instead = f"set {CONVERTER}.recipe_name to {EMULATED} to compute the same numbers slowly"
-        require_capability(device, CAPABILITY, CONVERTER, instead)
+        require_hardware(device, CONVERTER)
     chosen = choose(
         model,
         options.filter_fqns,
@@ -68,6 +70,12 @@ def convert(model: LanguageModel, config: RunConfig, device: torch.device) -> No
         layer.__class__ = MXLinear  # same parameters, another product
         layer.config = Format(rounding, kernel, emulate)  # pyright: ignore[reportArgumentType]  # no module
     logger.info("%s: %d linear layers", options.recipe_name, len(chosen))
+
+
+def require_hardware(device: torch.device, converter: str) -> None:
+    """Raise BadInputError unless ``device`` multiplies in MXFP8."""
+    instead = f"set {converter}.recipe_name to {EMULATED} to compute the same numbers slowly"
+    require_capability(device, CAPABILITY, converter, instead)
 
 
 class MXLinear(nn.Linear):
