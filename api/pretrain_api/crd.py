@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +64,8 @@ class _Generator(GenerateJsonSchema):
     def model_schema(self, schema: core_schema.ModelSchema) -> Schema:
         result = super().model_schema(schema)
         if issubclass(schema["cls"], Section):
-            rules = [*map(_rule, schema["cls"].rules), *map(_transition, schema["cls"].transitions)]
+            rules = [_rule(rule) for rule in schema["cls"].rules if not rule.alone]
+            rules += map(_transition, schema["cls"].transitions)
             if rules:
                 result[_RULES] = rules
         return result
@@ -174,7 +175,9 @@ def _root() -> Schema:
                     }
                 },
             },
-            "spec": _for_readers_of_yaml(_structural_model(JobSpec)),
+            "spec": _for_readers_of_yaml(
+                _with_rules_of_values(_structural_model(JobSpec), JobSpec.rules)
+            ),
             "status": _structural_model(JobStatus),
         },
     }
@@ -183,6 +186,20 @@ def _root() -> Schema:
 def _structural_model(model: type[BaseModel]) -> Schema:
     schema = model.model_json_schema(schema_generator=_Generator)
     return _structural(schema, schema.get("$defs", {}))
+
+
+def _with_rules_of_values(spec: Schema, rules: Iterable[Rule]) -> Schema:
+    """The spec's schema with rules about one value at that value.
+
+    Where there is none they cost nothing. The API server evaluates all other rules of the spec at
+    every write of a job, its status included.
+    """
+    nodes = dict(_nodes(spec))
+    for rule in rules:
+        if rule.alone:
+            node = nodes[tuple(aliases(rule.path))]
+            node[_RULES] = [*node.get(_RULES, ()), {"rule": rule.cel, "message": rule.message}]
+    return spec
 
 
 def _structural(schema: Schema, defs: dict[str, Schema]) -> Schema:

@@ -101,6 +101,18 @@ class Workers(Section):
     )
 
     @property
+    def idle_gpus(self) -> str | None:
+        """A sentence about GPUs that no process would use; None if there are none."""
+        limit = str(self.resources.limits.get(GPU, 0))
+        spare = int(limit) - self.processes_per_worker if limit.isdecimal() else 0
+        if spare <= 0:
+            return None
+        return (
+            f"each worker has {limit} GPUs by resources.limits for processesPerWorker "
+            f"{self.processes_per_worker}, one GPU each, so {spare} of them do nothing"
+        )
+
+    @property
     def is_elastic(self) -> bool:
         """Whether there may be more or fewer workers than now."""
         return self.min_size < self.replicas or self.max_size > self.replicas

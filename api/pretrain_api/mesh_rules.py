@@ -105,10 +105,20 @@ _COMPILED = (
 )
 
 
-def _rule(path: str, cel: str, message: str) -> Rule:
+def _absent(keys: tuple[str, ...]) -> str:
+    """Whether none of these keys is given, so that a rule about them holds.
+
+    The API server evaluates every rule at every write of a job, its status included. Most jobs use
+    few kinds of parallelism, and the arithmetic of a rule costs fifty times this question.
+    """
+    return " && ".join(f"!{optional(key)[0]}" for key in keys)
+
+
+def _rule(path: str, cel: str, message: str, *, of: tuple[str, ...] = ()) -> Rule:
     """A rule that is broken when the arithmetic blames ``path``.
 
-    It assumes that the rules before it hold: where they don't, it is silent.
+    It assumes that the rules before it hold: where they don't, it is silent. It holds where none of
+    the keys ``of`` is given, by default ``path`` alone.
     """
 
     def holds(spec: Any) -> bool:
@@ -121,8 +131,12 @@ def _rule(path: str, cel: str, message: str) -> Rule:
             return error.message
         return message
 
-    return Rule(path=path, cel=_cel(cel), message=message, holds=holds, explain=explain)
+    cel = f"({_absent(of or (path,))}) || {_cel(cel)}"
+    return Rule(path=path, cel=cel, message=message, holds=holds, explain=explain)
 
+
+_CUT = ("parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree")
+_STAGES = ("parallelism.pipeline_parallel_degree",)
 
 _DEGREES = (
     _rule(
@@ -180,6 +194,7 @@ _DEGREES = (
         "seq % (cp * tp) == 0 && (cp == 1 || seq % (cp * 2) == 0)",
         "must be a multiple of contextParallelDegree x tensorParallelDegree, and of twice a "
         "contextParallelDegree above 1",
+        of=_CUT,
     ),
 )
 _PIPELINE = (
@@ -187,41 +202,48 @@ _PIPELINE = (
         "parallelism.pipeline_parallel_schedule",
         f"pp == 1 || csv || schedule in {list(mesh.SCHEDULES)}",
         f"must be one of {', '.join(mesh.SCHEDULES)}",
+        of=_STAGES,
     ),
     _rule(
         "parallelism.module_fqns_per_model_part",
         f"pp == 1 || !{_MODULES[0]} || {_STAGES_FIT}",
         "must name the modules of as many stages as the schedule wants on each rank of the "
         "pipeline, times pipelineParallelDegree",
+        of=_STAGES,
     ),
     _rule(
         "parallelism.pipeline_parallel_layers_per_stage",
         f"pp == 1 || {_MODULES[0]} || !{_EACH[0]} || !known || {_STAGES_FIT}",
         "must make as many stages as the schedule wants on each rank of the pipeline",
+        of=_STAGES,
     ),
     _rule(
         "parallelism.pipeline_parallel_first_stage_less_layers",
         "!dealt || first <= (layers + first + last) / stages",
         "must not be more than the layers of a stage",
+        of=_STAGES,
     ),
     _rule(
         "parallelism.pipeline_parallel_last_stage_less_layers",
         "!dealt || last <= (layers + first + last) / stages",
         "must not be more than the layers of a stage",
+        of=_STAGES,
     ),
     _rule(
         "parallelism.pipeline_parallel_microbatch_size",
         "pp == 1 || local % size == 0",
         "must divide localBatchSize",
+        of=_STAGES,
     ),
     _rule(
         "training.local_batch_size",
         "pp == 1 || local % size != 0 || ("
-        f"(!{_names(lambda s: s.a_microbatch_per_stage)} || microbatches >= stages) && "
-        f"(!{_names(lambda s: s.even_rounds)} || "
-        "microbatches % (microbatches < pp ? 1 : microbatches / pp) == 0))",
+        f"microbatches >= ({_names(lambda s: s.a_microbatch_per_stage)} && stages > 0 ? "
+        "stages : pp) && "
+        f"(!{_names(lambda s: s.even_rounds)} || microbatches % (microbatches / pp) == 0))",
         "must make as many microbatches, of pipelineParallelMicrobatchSize, as the schedule needs: "
-        "one for each stage, or even rounds over the ranks",
+        "one for each rank of the pipeline, or for each stage, and some in even rounds",
+        of=_STAGES,
     ),
 )
 _BATCHES = (
@@ -242,6 +264,8 @@ _BATCHES = (
 def _size_rule(field: str) -> Rule:
     """A number of workers besides the largest must come out even with the same batch."""
     here, size = optional(f"workers.{field}")
+    differs = optional("workers.max_replicas")[0] if field == "replicas" else here
+    ranks = f"({size} * self.workers.processesPerWorker)"
     fits = (
         "fills",
         "(shard in [-1, 0] || shard == left)",
@@ -268,7 +292,7 @@ def _size_rule(field: str) -> Rule:
 
     return Rule(
         path=f"workers.{field}",
-        cel=f"!{here} || {_cel(' && '.join(fits), f'({size} * self.workers.processesPerWorker)')}",
+        cel=f"!{differs} || {_cel(' && '.join(fits), ranks)}",
         message="is a size at which the degrees, or the batch and the streams of the largest size, "
         "don't come out even",
         holds=holds,

@@ -390,6 +390,8 @@ class PodTemplate(Section):
     """How workers are spread over zones, racks or nodes."""
     priority_class_name: DnsName | None = None
     """PriorityClass of the pods. Unset is the cluster's default."""
+    runtime_class_name: DnsName | None = None
+    """RuntimeClass of the pods, such as nvidia where GPUs need one. Unset is the node's default."""
     scheduler_name: DnsName | None = None
     """Scheduler that places the pods. Unset is the cluster's default."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86_400)] | None = None

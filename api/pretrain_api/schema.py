@@ -46,7 +46,8 @@ class Rule:
 
     ``cel`` and ``holds`` say the same of ``self``; ``message`` is what is wrong when they don't
     hold. ``explain`` may give a better sentence than the static one, such as one with the legal
-    values. ``path`` is the key to blame, if it is one: snake_case, dotted.
+    values. ``path`` is the key to blame, if it is one: snake_case, dotted. With ``alone`` the CEL
+    is about the value there and nothing else, and is asked only where there is one.
     """
 
     cel: str
@@ -55,6 +56,7 @@ class Rule:
     path: str = ""
     explain: Callable[[Any], str] | None = None
     kind: LiteralString = "rule"  # type of the error; "unsupported" is about one value alone
+    alone: bool = False
 
     def sentence(self, section: Any) -> str:
         """What is wrong with this section."""

@@ -1,8 +1,8 @@
 """Status of a PretrainJob: what the operator writes and people read.
 
 The status is output, so its models are tolerant: an unknown field (written by a newer operator, or
-by a user with an editor) is ignored, a missing one has a default. Nothing here changes faster than
-the operator's progress interval, and every list has a bound.
+by a user with an editor) is ignored, a missing one has a default. Every list has a bound, and what
+changes all the time is written at the operator's pace.
 """
 
 from datetime import datetime
@@ -102,8 +102,7 @@ class AssignmentStatus(Tolerant):
     generation: int = 0
     """Number of the present membership; grows with every change of it."""
     nonce: str = ""
-    """Secret of this generation: opens the meeting point and every changing endpoint of a worker.
-    """
+    """Word of this generation, without which nobody joins its meeting."""
     leader: str | None = None
     """Where the workers meet, as host:port, once the leader has an address."""
     workers: Annotated[tuple[Member, ...], Field(max_length=4096)] = ()

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain_api.schema import Rule, optional, value_at
+from pretrain_api.schema import Rule, value_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,18 @@ class Unbuilt:
     path: str
     inactive: tuple[Any, ...]
     instead: str | None = None  # what to do, if it isn't leaving the key alone
+    observes: bool = False  # shows what happens, so that without it training is the same
 
 
 UNBUILT = (
     Unbuilt("job.config_file", (None,), "it is an option of the command line; remove it"),
     Unbuilt("job.custom_config_module", ("",)),
-    Unbuilt("profiling.enable_profiling", (False,)),
-    Unbuilt("profiling.enable_memory_snapshot", (False,)),
-    Unbuilt("metrics.enable_tensorboard", (False,)),
-    Unbuilt("metrics.enable_wandb", (False,)),
-    Unbuilt("metrics.disable_color_printing", (False,)),
-    Unbuilt("metrics.save_for_all_ranks", (False,)),
+    Unbuilt("profiling.enable_profiling", (False,), observes=True),
+    Unbuilt("profiling.enable_memory_snapshot", (False,), observes=True),
+    Unbuilt("metrics.enable_tensorboard", (False,), observes=True),
+    Unbuilt("metrics.enable_wandb", (False,), observes=True),
+    Unbuilt("metrics.disable_color_printing", (False,), observes=True),
+    Unbuilt("metrics.save_for_all_ranks", (False,), observes=True),
     Unbuilt("model.tokenizer_path", (None,), "use model.hf_assets_path"),
     Unbuilt("optimizer.name", ("AdamW",)),
     Unbuilt("optimizer.early_step_in_backward", (False,)),
@@ -44,7 +45,7 @@ UNBUILT = (
     Unbuilt("checkpoint.initial_load_in_hf_quantized", (False,)),
     Unbuilt("checkpoint.last_save_in_hf", (False,)),
     Unbuilt("checkpoint.async_mode", ("disabled",)),
-    Unbuilt("comm.trace_buf_size", (0,)),
+    Unbuilt("comm.trace_buf_size", (0,), observes=True),
     Unbuilt("validation.enable", (False,)),
     Unbuilt("memory_estimation.enable", (False,)),
     Unbuilt("fault_tolerance.enable", (False,)),
@@ -70,6 +71,7 @@ REFINEMENTS = frozenset({
     "profiling.profiler_warmup",
     "profiling.save_memory_snapshot_folder",
     "profiling.save_traces_folder",
+    "quantize.grouped_mm.float8.fqns",
     "validation.dataset",
     "validation.dataset_path",
     "validation.freq",
@@ -90,6 +92,7 @@ def _rule(entry: Unbuilt) -> Rule:
         kind="unsupported",
         path=entry.path,
         cel=_cel(entry),
+        alone=True,
         message=f"this value is not supported yet; {advice}",
         holds=lambda sections: value_at(sections, entry.path) in entry.inactive,
         explain=lambda sections: (
@@ -99,11 +102,10 @@ def _rule(entry: Unbuilt) -> Rule:
 
 
 def _cel(entry: Unbuilt) -> str:
+    """Asked only of a value that is there; one that must not be is wrong whatever it is."""
     if entry.inactive == (None,):
-        return f"!{optional(entry.path)[0]}"
-    present, value = optional(entry.path)
-    legal = ", ".join(_literal(v) for v in entry.inactive)
-    return f"!{present} || {value} in [{legal}]"
+        return "false"
+    return f"self in [{', '.join(_literal(value) for value in entry.inactive)}]"
 
 
 def _literal(value: Any) -> str:

@@ -87,8 +87,9 @@ class Assignment(Wire):
 
     ``generation`` grows with every change of membership; a worker ignores anything older than what
     it has seen. ``leader`` is ``host:port`` of the meeting point, in the pod of rank 0. ``rank`` is
-    None for a pod that has no place in this generation and should wait. ``nonce`` opens the meeting
-    point and every mutating endpoint. Within one generation only ``orders`` and ``hang`` change.
+    None for a pod that has no place in this generation and should wait. ``nonce`` is the word
+    without which nobody joins the meeting; whoever may read the pod knows it. Within one generation
+    only ``orders`` and ``hang`` change.
     """
 
     generation: Annotated[int, Field(ge=1)]

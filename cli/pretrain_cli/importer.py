@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from pretrain_api import names
 from pretrain_api.schema import alias
+from pretrain_api.support import UNBUILT
 from pretrain_cli.documents import Document, UnreadableError, read_toml
 from pretrain_cli.validate import check_config, check_job
 
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the job; 1 if the file, or the job, has problems."""
     try:
-        document = read_toml(options.file)
+        document, notes = without_observers(read_toml(options.file))
     except UnreadableError as error:
         print(error, file=sys.stderr)
         return 1
@@ -47,10 +49,27 @@ def run(options: argparse.Namespace) -> int:
         rendered = (problem.render(Document("the job", job)) for problem in problems)
         print(*rendered, sep="\n", file=sys.stderr)
         return 1
-    for note in _relative_paths(document.data):
+    for note in (*notes, *_relative_paths(document.data)):
         print(note, file=sys.stderr)
     print(yaml.safe_dump(job, sort_keys=False), end="")
     return 0
+
+
+def without_observers(document: Document) -> tuple[Document, list[str]]:
+    """The file without what would only show how training goes and isn't built, a note for each.
+
+    torchtitan's own files switch some of it on. Training is the same without, so that they can be
+    taken over; what isn't built and changes what is trained is refused.
+    """
+    data = dict(document.data)
+    notes: list[str] = []
+    for entry in (entry for entry in UNBUILT if entry.observes):
+        section, key = entry.path.split(".")
+        keys = data.get(section)
+        if isinstance(keys, dict) and keys.get(key, entry.inactive[0]) not in entry.inactive:
+            data[section] = {name: value for name, value in keys.items() if name != key}
+            notes.append(f"note: {entry.path} is left out, because it is not supported yet")
+    return replace(document, data=data), notes
 
 
 def build(config: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def check_file(path: Path) -> Iterator[tuple[str, bool]]:
         problems = check(document)
         yield from ((problem.render(document), True) for problem in problems)
         if not problems:
-            yield f"{path}: {_summary(document, is_toml(path))}", False
+            said = _summary(document, is_toml(path))
+            yield from ((f"{path}: {words}", False) for words in said)
 
 
 def is_job(document: Document) -> bool:
@@ -78,16 +79,19 @@ def _arithmetic(config: RunConfig) -> list[Problem]:
     return []
 
 
-def _summary(document: Document, toml: bool) -> str:
+def _summary(document: Document, toml: bool) -> list[str]:
+    """What a valid document is, and what in it is allowed and hardly meant."""
     data: Any = document.data
     if toml:
         config = RunConfig.model_validate(data)
-        return f"valid ({config.model.name} {config.model.flavor}, {config.training.steps} steps)"
+        model, steps = config.model, config.training.steps
+        return [f"valid ({model.name} {model.flavor}, {steps} steps)"]
     job = PretrainJob.model_validate(data)
     workers = job.spec.workers
     plan = mesh.batch_plan(job.run_config(), workers.replicas * workers.processes_per_worker)
-    return (
+    said = (
         f"{job.metadata.name or 'job'} is valid ({workers.replicas} x "
         f"{workers.processes_per_worker} processes, {plan.global_batch_size} sequences per step "
         f"in {plan.accumulation_steps} passes)"
     )
+    return [said, *([f"note: {workers.idle_gpus}"] if workers.idle_gpus else [])]

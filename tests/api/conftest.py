@@ -38,7 +38,7 @@ VALUES: dict[str, list[Any]] = {
     "model.flavor": ["8B", "debugmodel", "7B"],
     "model.converters": [
         [],
-        ["quantize.linear.float8", "quantize.grouped_mm.float8"],
+        ["quantize.linear.float8", "quantize.grouped_mm.mx"],
         ["quantize.linear.float8", "quantize.linear.mx"],
         ["quantize.grouped_mm.mx", "quantize.grouped_mm.float8"],
         ["quantize.linear.float4"],

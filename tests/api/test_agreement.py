@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pretrain_api import crd, mesh, names
 from pretrain_api.job import JobSpec
 from pretrain_api.job_rules import SPEC_RULES
+from pretrain_api.schema import aliases
 from pretrain_api.support import support_rules
 
 
@@ -122,10 +123,12 @@ def open_stand_in(stand_in: Any) -> Any:
     """An API server without the table of what isn't built."""
     (version,) = crd.definition()["spec"]["versions"]
     schema = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    unbuilt = {rule.message for rule in support_rules()}
-    schema["x-kubernetes-validations"] = [
-        rule for rule in schema["x-kubernetes-validations"] if rule["message"] not in unbuilt
-    ]
+    for rule in support_rules():
+        node = schema
+        for name in aliases(rule.path):
+            node = node["properties"][name]
+        kept = [each for each in node["x-kubernetes-validations"] if each["rule"] != rule.cel]
+        node["x-kubernetes-validations"] = kept
     return type(stand_in)(schema)
 
 

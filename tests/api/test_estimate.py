@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain_api.config import Parallelism, RunConfig
-from pretrain_api.estimate.gpus import GPUS, gpu_of_product
+from pretrain_api.estimate.gpus import GPUS, gpu_of_product, peak_flops
 from pretrain_api.estimate.memory import memory, parts
 from pretrain_api.estimate.plan import layout, ranked, room, too_large
 from pretrain_api.flavors.llama3 import FLAVORS
@@ -166,6 +166,25 @@ def test_a_pipeline_idles_less_with_more_microbatches_and_stages() -> None:
 )
 def test_gpus_are_known_by_their_labels(product: str, name: str | None) -> None:
     assert gpu_of_product(product) == name
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peak_of_a_device(device: str, peak: float | None) -> None:
+    assert peak_flops(device) == peak
 
 
 LABEL = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}

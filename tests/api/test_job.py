@@ -293,7 +293,6 @@ def test_sentences(data: dict[str, Any], sentence: str) -> None:
         (pod(serviceAccountName="admin"), "serviceAccountName"),
         (pod(containers=[]), "containers"),
         (pod(initContainers=[]), "initContainers"),
-        (pod(runtimeClassName="x"), "runtimeClassName"),
         (pod(volumes=[{"name": "v", "hostPath": {"path": "/"}}]), "hostPath"),
         (pod(volumes=[{"name": "v", "projected": {}}]), "projected"),
         (pod(volumes=[{"name": "v", "csi": {}}]), "csi"),

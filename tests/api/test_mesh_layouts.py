@@ -127,7 +127,28 @@ PIPELINE = {"pipeline_parallel_degree": 4}
             {"local_batch_size": 3},
             4,
             "training.local_batch_size: 3 in microbatches of 1 makes 3, but 1F1B needs one for "
-            "each of 4 stages; use one of 4, 5, 6",
+            "each of 4 ranks; use one of 4, 5, 6",
+        ),
+        (
+            {**PIPELINE, "pipeline_parallel_schedule": "GPipe"},
+            {"local_batch_size": 2},
+            4,
+            "training.local_batch_size: 2 in microbatches of 1 makes 2, but GPipe needs one for "
+            "each of 4 ranks; use one of 4, 5",
+        ),
+        (
+            {**PIPELINE, "pipeline_parallel_schedule": "DualPipeV"},
+            {"local_batch_size": 6},
+            4,
+            "training.local_batch_size: 6 in microbatches of 1 makes 6, but DualPipeV needs one "
+            "for each of 8 stages; use one of 8, 9, 10, 11, 12, 13",
+        ),
+        (
+            {**PIPELINE, "pipeline_parallel_schedule_csv": "order.csv"},
+            {"local_batch_size": 3},
+            4,
+            "training.local_batch_size: 3 in microbatches of 1 makes 3, but the schedule of the "
+            "file needs one for each of 4 ranks; use one of 4, 5, 6",
         ),
         (
             {**PIPELINE, "pipeline_parallel_microbatch_size": 3},
@@ -141,7 +162,7 @@ PIPELINE = {"pipeline_parallel_degree": 4}
             {"local_batch_size": 9},
             4,
             "training.local_batch_size: 9 in microbatches of 1 makes 9, which Interleaved1F1B "
-            "can't deal out in even rounds over 4 ranks; use one of 3, 4, 5, 6, 7, 8, 10, 12",
+            "can't deal out in even rounds over 4 ranks; use one of 4, 5, 6, 7, 8, 10, 12, 15",
         ),
         (
             {"pipeline_parallel_degree": 64},

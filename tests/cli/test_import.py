@@ -45,6 +45,81 @@ def test_the_documentations_file_becomes_a_job(
     assert job.run_config().optimizer.lr == 3e-4
 
 
+def test_what_only_observes_is_left_out_with_a_note(pretrain: Callable[..., Any]) -> None:
+    """The keys of torchtitan's own llama3_8b.toml, which profiles and writes for TensorBoard."""
+    Path("llama3_8b.toml").write_text(
+        """\
+        [job]
+        dump_folder = "./outputs"
+        [profiling]
+        enable_profiling = true
+        save_traces_folder = "profile_trace"
+        profile_freq = 100
+        [metrics]
+        log_freq = 10
+        enable_tensorboard = true
+        save_tb_folder = "tb"
+        [model]
+        name = "llama3"
+        flavor = "8B"
+        hf_assets_path = "/assets/Llama-3.1-8B"
+        converters = []
+        [optimizer]
+        name = "AdamW"
+        lr = 3e-4
+        eps = 1e-8
+        [lr_scheduler]
+        warmup_steps = 200
+        [training]
+        local_batch_size = 1
+        seq_len = 8192
+        max_norm = 1.0
+        steps = 1000
+        dataset = "c4"
+        [parallelism]
+        data_parallel_replicate_degree = 1
+        data_parallel_shard_degree = -1
+        tensor_parallel_degree = 1
+        pipeline_parallel_degree = 1
+        context_parallel_degree = 1
+        [checkpoint]
+        enable = false
+        folder = "checkpoint"
+        interval = 500
+        last_save_model_only = true
+        export_dtype = "float32"
+        async_mode = "disabled"
+        [activation_checkpoint]
+        mode = "selective"
+        selective_ac_option = "op"
+        [quantize.linear.float8]
+        enable_fsdp_float8_all_gather = false
+        precompute_float8_dynamic_scale_for_fsdp = false
+        filter_fqns = ["output"]
+        [validation]
+        enable = false
+        dataset = "c4_validation"
+        freq = 500
+        steps = -1
+        """
+    )
+    outcome = pretrain("import", "llama3_8b.toml")
+    assert outcome.err.splitlines() == [
+        "note: profiling.enable_profiling is left out, because it is not supported yet",
+        "note: metrics.enable_tensorboard is left out, because it is not supported yet",
+    ]
+    spec = yaml.safe_load(outcome.out)["spec"]
+    assert spec["metrics"] == {"logFreq": 10, "saveTbFolder": "tb"}
+    Path("job.yaml").write_text(outcome.out)
+    assert pretrain("validate", "job.yaml").code == 0
+    # What changes training is refused all the same.
+    text = Path("llama3_8b.toml").read_text().replace('"disabled"', '"async"')
+    Path("llama3_8b.toml").write_text(text)
+    refused = pretrain("import", "llama3_8b.toml")
+    assert refused.code == 1
+    assert "checkpoint.async_mode" in refused.err
+
+
 def test_what_is_imported_validates(pretrain: Callable[..., Any], llama3_8b: Path) -> None:
     Path("job.yaml").write_text(pretrain("import", str(llama3_8b)).out)
     outcome = pretrain("validate", "job.yaml")

@@ -112,6 +112,16 @@ def test_examples_are_valid(pretrain: Callable[..., Any], repository: Path) -> N
     assert outcome.code == 0
 
 
+def test_gpus_that_no_process_uses_are_noted(pretrain: Callable[..., Any]) -> None:
+    text = GOOD.replace("{replicas: 2", "{resources: {limits: {nvidia.com/gpu: 4}}, replicas: 2")
+    Path("job.yaml").write_text(text)
+    outcome = pretrain("validate", "job.yaml")
+    assert outcome.code == 0
+    assert (
+        "note: each worker has 4 GPUs by resources.limits for processesPerWorker 2" in outcome.out
+    )
+
+
 def test_toml_of_the_documentation_is_valid(pretrain: Callable[..., Any], llama3_8b: Path) -> None:
     outcome = pretrain("validate", str(llama3_8b))
     assert (outcome.code, outcome.err) == (0, "")

@@ -20,16 +20,8 @@ Converter = Literal[
 ]
 
 
-def _one_format(kind: str) -> Rule:
-    """A layer can't be in float8 and in a microscaling format."""
-    both = (f"quantize.{kind}.float8", f"quantize.{kind}.mx")
-    return Rule(
-        path="converters",
-        cel="!has(self.converters) || "
-        + " || ".join(f"!('{name}' in self.converters)" for name in both),
-        message=f"{both[0]} and {both[1]} are for the same layers; use one of them",
-        holds=lambda m: not set(both) <= set(m.converters),
-    )
+_LINEAR: Final = ("quantize.linear.float8", "quantize.linear.mx")
+_EXPERTS_IN_FLOAT8: Final = "quantize.grouped_mm.float8"
 
 
 class Model(Section):
@@ -69,7 +61,21 @@ class Model(Section):
             holds=lambda m: m.name != "llama3" or m.flavor in llama3.FLAVORS,
             explain=lambda m: _flavor_sentence(m.flavor),
         ),
-        *(_one_format(kind) for kind in ("linear", "grouped_mm")),
+        Rule(
+            path="converters",
+            cel="!has(self.converters) || "
+            + " || ".join(f"!('{name}' in self.converters)" for name in _LINEAR),
+            message=f"{_LINEAR[0]} and {_LINEAR[1]} are for the same layers; use one of them",
+            holds=lambda m: not set(_LINEAR) <= set(m.converters),
+        ),
+        Rule(
+            kind="unsupported",
+            path="converters",
+            cel=f"!has(self.converters) || !('{_EXPERTS_IN_FLOAT8}' in self.converters)",
+            message=f"{_EXPERTS_IN_FLOAT8} is not supported yet, because torchao's kernel takes "
+            "only multiples of 16 tokens for each expert; use quantize.grouped_mm.mx or remove it",
+            holds=lambda m: _EXPERTS_IN_FLOAT8 not in m.converters,
+        ),
     )
 
 
@@ -179,7 +185,7 @@ class MXLinear(Section):
 
 
 class Float8GroupedMM(Section):
-    """Float8 for the grouped products of experts."""
+    """Float8 for the grouped products of experts; not supported yet."""
 
     fqns: Names = ()
     """Weights of experts to convert: parts of their names."""
@@ -188,8 +194,9 @@ class Float8GroupedMM(Section):
 class MXGroupedMM(Section):
     """Microscaling formats for the grouped products of experts."""
 
-    recipe_name: Literal["mxfp8"] = "mxfp8"
-    """Format and kernels for the products of experts."""
+    recipe_name: Literal["mxfp8", "mxfp8_emulated"] = "mxfp8"
+    """Format and kernels for the products of experts: mxfp8, or mxfp8_emulated for other
+    hardware."""
     fqns: Names = ()
     """Weights of experts to convert: parts of their names."""
 
@@ -208,7 +215,7 @@ class QuantizeGroupedMM(Section):
     """Low precision for the grouped products of experts."""
 
     float8: Float8GroupedMM = Float8GroupedMM()
-    """Settings for experts in float8, which converter quantize.grouped_mm.float8 switches on."""
+    """Settings for experts in float8, which no converter switches on yet."""
     mx: MXGroupedMM = MXGroupedMM()
     """Settings for experts in microscaling formats, which converter quantize.grouped_mm.mx switches
     on."""

@@ -168,7 +168,8 @@ class Parallelism(Section):
     rank with what it does, such as 0F1 for the forward pass of microbatch 1 in stage 0, B for
     backward, I and W for backward to inputs and weights. Unset or empty is the named one."""
     pipeline_parallel_microbatch_size: Positive = 1
-    """With pipelines: number of sequences in a microbatch."""
+    """With pipelines: number of sequences in a microbatch. A local_batch_size makes at least one
+    for each rank of the pipeline; with DualPipeV, for each stage."""
     context_parallel_degree: Positive = 1
     """Number of ranks each sequence is split over."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"

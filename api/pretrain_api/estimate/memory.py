@@ -144,10 +144,10 @@ def in_flight(config: Sections, rank: int, stages: int, microbatches: int) -> in
     if parallelism.pipeline_parallel_schedule_csv or name in ("GPipe", "LoopedBFS"):
         return everything
     if name == "1F1B":
-        return min(microbatches, degree - rank)
+        return degree - rank
     if schedule_of(parallelism).in_v:
         return min(everything, 2 * degree)
-    ahead = (stages - 1) * min(degree, microbatches) + 2 * (degree - 1 - rank) + 1
+    ahead = (stages - 1) * degree + 2 * (degree - 1 - rank) + 1
     return min(everything, ahead)
 
 

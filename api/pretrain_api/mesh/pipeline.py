@@ -5,7 +5,8 @@ the arithmetic is torchtitan's: the embedding counts as some layers of the first
 output as some of the last (``pipeline_parallel_first_stage_less_layers`` and ``..._last_...``), and
 layers are dealt out evenly over stages, early ones taking what doesn't come out even. What each
 schedule asks of stages and microbatches is what torch's class of that name checks, or what would
-leave its ranks waiting for each other for ever.
+leave its ranks waiting for each other for ever. With fewer microbatches than ranks some ranks would
+never work at the same time: fewer ranks would be as fast, so no schedule takes them.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ class Schedule:
     Attributes:
         fewest: stages per rank, at least.
         most: stages per rank, at most; None for any number.
-        a_microbatch_per_stage: with fewer microbatches than stages it can't run.
+        a_microbatch_per_stage: it takes as many microbatches as there are stages, at least; the
+            others, as many as there are ranks.
         even_rounds: microbatches come in rounds of about one per rank, which must be equal.
         in_v: a rank has its stages from both ends, so that the last one meets the first.
     """
@@ -38,7 +40,7 @@ class Schedule:
 
 SCHEDULES = MappingProxyType({
     "GPipe": Schedule(fewest=1, most=1),
-    "1F1B": Schedule(fewest=1, most=1, a_microbatch_per_stage=True),
+    "1F1B": Schedule(fewest=1, most=1),
     "Interleaved1F1B": Schedule(even_rounds=True),
     "LoopedBFS": Schedule(),
     "InterleavedZeroBubble": Schedule(even_rounds=True),
@@ -139,14 +141,11 @@ def _stages(parallelism: Parallelism, count: int) -> Iterator[Broken]:
     legal = not over and schedule.fewest <= per_rank and per_rank <= (schedule.most or per_rank)
     if legal:
         return
-    name = "the schedule of the file"
-    if not parallelism.pipeline_parallel_schedule_csv:
-        name = parallelism.pipeline_parallel_schedule
     wanted = {1: "exactly 1 stage", 2: "exactly 2 stages"}.get(
         schedule.most or 0,
         "as many stages" if schedule.fewest == 1 else "at least 2 stages, as many",
     )
-    wanted = f"{name} wants {wanted} on each of {degree} ranks"
+    wanted = f"{_name(parallelism)} wants {wanted} on each of {degree} ranks"
     if parallelism.module_fqns_per_model_part is not None:
         stages = schedule.most or max(schedule.fewest, count // degree)
         yield Broken(
@@ -196,21 +195,29 @@ def _microbatches(parallelism: Parallelism, local: int, count: int | None) -> It
     candidates = tuple(
         n * size for n in _around(number, count or parallelism.pipeline_parallel_degree)
     )
-    name = parallelism.pipeline_parallel_schedule
-    if schedule.a_microbatch_per_stage and count is not None and number < count:
-        wrong = f"{told}, but {name} needs one for each of {count} stages"
+    least, of = parallelism.pipeline_parallel_degree, "ranks"
+    if schedule.a_microbatch_per_stage and count is not None:
+        least, of = count, "stages"
+    if number < least:
+        wrong = f"{told}, but {_name(parallelism)} needs one for each of {least} {of}"
         yield Broken(key, wrong, candidates, near=local)
     elif schedule.even_rounds and not _even(number, parallelism.pipeline_parallel_degree):
         wrong = (
-            f"{told}, which {name} can't deal out in even rounds over "
+            f"{told}, which {_name(parallelism)} can't deal out in even rounds over "
             f"{parallelism.pipeline_parallel_degree} ranks"
         )
         yield Broken(key, wrong, candidates, near=local)
 
 
+def _name(parallelism: Parallelism) -> str:
+    """What to call the schedule in a sentence."""
+    from_file = parallelism.pipeline_parallel_schedule_csv
+    return "the schedule of the file" if from_file else parallelism.pipeline_parallel_schedule
+
+
 def _even(microbatches: int, ranks: int) -> bool:
-    """Whether rounds of about one microbatch per rank are equally long."""
-    return microbatches % max(1, microbatches // ranks) == 0
+    """Whether rounds of one microbatch per rank, or more, are equally long."""
+    return microbatches % (microbatches // ranks) == 0
 
 
 def _around(number: int, stages: int) -> tuple[int, ...]:
