@@ -13,15 +13,15 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
 from pretrain_api.wire import ExitCode
 from pretrain_operator import handlers
-from pretrain_operator.audit import Audit
+from pretrain_operator.audit import Audit, Item, item_of
 from pretrain_operator.cluster import (
-    Body,
+    METADATA_OF_ALL,
     Cluster,
     ClusterError,
     ConflictError,
@@ -32,7 +32,9 @@ from pretrain_operator.lease import GuardedCluster, Keeper, NotLeadingError
 from pretrain_operator.logs import configure_logging
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.pages import Pages, serve
+from pretrain_operator.podwatch import SELECTOR, PodCache, PodWatch
 from pretrain_operator.queue import WorkQueue
+from pretrain_operator.recall import RecallingCluster
 from pretrain_operator.reconcile import Key, Reconciler
 from pretrain_operator.settings import Settings, SettingsError, load
 from pretrain_operator.workers import HttpWorkers
@@ -48,9 +50,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class QueueNudge:
     """Handlers' news become keys in the queue, and entries in the audit."""
 
-    def __init__(self, queue: WorkQueue[Key], metrics: Metrics, audit: Audit) -> None:
+    def __init__(
+        self, queue: WorkQueue[Key], metrics: Metrics, audit: Audit, jobs: RecallingCluster
+    ) -> None:
         self._queue = queue
         self._metrics = metrics
+        self._jobs = jobs
         self.saw = audit.saw
 
     def changed(self, key: Key) -> None:
@@ -58,54 +63,82 @@ class QueueNudge:
         self._queue.add_after(key, GATHER_SECONDS)
 
     def deleted(self, key: Key) -> None:
-        """Nothing about it is kept."""
+        """Nothing about it is kept; a last round, which finds it gone, forgets what others know."""
+        self._jobs.forget(key)
         self._queue.forget(key)
         self._metrics.forget(*key)
+        self._queue.add(key)
 
 
 async def operate(settings: Settings) -> None:
     """Run until a signal comes. Raises ClusterError if there is no way to reach a cluster."""
+
+    def again(job: Key) -> None:
+        queue.add(job)
+
     metrics = Metrics()
-    cache = handlers.PodCache()
+    pods = PodCache()
     cluster = await HttpCluster.connect()
-    keeper = keeper_of(cluster, settings, metrics)
+    leases = await HttpCluster.connect()  # its own, so that renewals wait behind nothing
+    keeper = keeper_of(leases, settings, metrics, again)
     try:
         async with HttpWorkers() as workers:
             guarded = GuardedCluster(cluster, keeper.check) if keeper else cluster
-            reconciler = Reconciler(guarded, workers, cache, settings, metrics)
+            jobs = RecallingCluster(guarded, pods, keeper.term if keeper else lambda: 0)
+            reconciler = Reconciler(jobs, workers, pods, settings, metrics)
             queue = WorkQueue(
                 reconciler.reconcile,
                 workers=settings.reconcilers,
                 metrics=metrics,
                 quiet=(ConflictError, NotLeadingError),
-                gate=keeper.wait if keeper else None,
+                gate=partial(may_begin, pods, keeper),
             )
             audit = Audit(
                 partial(list_watched, cluster),
                 cluster.get,
-                cache,
-                queue.add,
+                pods,
+                partial(look_again, jobs, queue),
                 metrics,
                 namespaces=settings.namespaces,
             )
-            pages = Pages(metrics, lambda: cache.attached, [partial(stuck, queue), audit.trouble])
+            complete = pods.complete.is_set
+            pages = Pages(metrics, complete, [partial(stuck, queue), audit.trouble])
             sites = await serve(settings, pages)
             try:
                 if await before_signal(wait_for_crd(cluster)):
-                    chores = Chores([queue.run(), audit.run()], keeper)
-                    nudge = QueueNudge(queue, metrics, audit)
-                    registry = handlers.build_registry(cache, nudge, chores.end)
+                    nudge = QueueNudge(queue, metrics, audit, jobs)
+                    watching = PodWatch(cluster, pods, nudge, settings.namespaces)
+                    chores = Chores([queue.run(), audit.run(), watching.run()], keeper)
+                    registry = handlers.build_registry(nudge, jobs.saw, chores.end)
                     await watch(registry, settings.namespaces, chores)
             finally:
                 await asyncio.gather(*(site.cleanup() for site in sites))
     finally:
+        await leases.close()
         await cluster.close()
 
 
-async def list_watched(cluster: HttpCluster, kind: Kind, namespace: str) -> list[Body]:
-    """The metadata of what the watch of that kind should bring."""
-    selector = handlers.SELECTOR if kind is Kind.POD else ""
-    return await cluster.list_metadata(kind, namespace, selector)
+def look_again(jobs: RecallingCluster, queue: WorkQueue[Key], key: Key) -> None:
+    """Have a round for a job of which a watch has not told all."""
+    jobs.forget(key)
+    queue.add(key)
+
+
+async def may_begin(pods: PodCache, keeper: Keeper | None) -> None:
+    """Return when a round may be made: all pods are known, and no other operator leads."""
+    await pods.complete.wait()
+    if keeper is not None:
+        await keeper.wait()
+
+
+async def list_watched(cluster: HttpCluster, kind: Kind, namespace: str) -> list[Item]:
+    """What the watch of that kind should bring, from metadata page by page: never all at once."""
+    selector = SELECTOR if kind is Kind.POD else ""
+    found: list[Item] = []
+    async for page in cluster.pages(kind, namespace, selector, METADATA_OF_ALL):
+        # Where there is nothing to list, the API server may say null.
+        found += [item_of(kind, body) for body in page.get("items") or ()]
+    return found
 
 
 def stuck(queue: WorkQueue[Key], limit: float = STUCK_SECONDS) -> str | None:
@@ -114,14 +147,16 @@ def stuck(queue: WorkQueue[Key], limit: float = STUCK_SECONDS) -> str | None:
     return f"a round has taken {seconds:.0f} s" if seconds > limit else None
 
 
-def keeper_of(cluster: Cluster, settings: Settings, metrics: Metrics) -> Keeper | None:
+def keeper_of(
+    cluster: Cluster, settings: Settings, metrics: Metrics, again: Callable[[Key], None]
+) -> Keeper | None:
     """Who keeps the Lease; nobody if the settings name no namespace for it."""
     if not settings.lease_namespace:
         log.info("no Lease is used: no other operator may serve the same jobs")
         metrics.lead(True)
         return None
     identity = settings.lease_identity or f"{socket.gethostname()}_{secrets.token_hex(4)}"
-    return Keeper(cluster, settings.lease_namespace, settings.lease_name, identity, metrics)
+    return Keeper(cluster, settings.lease_namespace, settings.lease_name, identity, metrics, again)
 
 
 class Chores:

@@ -10,6 +10,7 @@ action may be done twice: names are deterministic, and deletions and patches nam
 import asyncio
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 
@@ -24,6 +25,7 @@ from pretrain_operator.cluster import (
     Kind,
     NotFoundError,
     RefusedError,
+    TakenError,
 )
 from pretrain_operator.judges.base import RECHECK_SECONDS
 from pretrain_operator.judges.resizing import set_back
@@ -32,32 +34,54 @@ from pretrain_operator.metrics import Metrics
 from pretrain_operator.observe import Observation, belongs, label_of
 from pretrain_operator.plan import CONTROLLER
 from pretrain_operator.report import unless_said
-from pretrain_operator.status import condition_of, holds, is_finished, mark, view
+from pretrain_operator.status import condition_of, holds, is_finished, is_minor, mark, view
 
 log = logging.getLogger(__name__)
 
 NOTE_LIMIT = 1024  # bytes of an Event's text that the API takes
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a plan."""
+
+    wake_after: float | None  # seconds until the next look
+    refused: bool = False  # whether something of it was, and is to be tried again
+    wrote: bool = False  # the status
+
+
 async def apply(
-    cluster: Cluster, seen: Observation, body: Body, plan: Plan, metrics: Metrics
-) -> float | None:
-    """Carry out ``plan`` for the job ``body`` as it was read. Returns seconds until the next look.
+    cluster: Cluster,
+    seen: Observation,
+    body: Body,
+    plan: Plan,
+    metrics: Metrics,
+    patience: float = 0.0,
+) -> Outcome:
+    """Carry out ``plan`` for the job ``body`` as it was read.
+
+    A status in which only numbers and wording are new waits ``patience`` seconds, and is decided
+    anew then. What is written is seen by the watch and causes a round, so news in every answer of a
+    worker would make one write after the other.
 
     Raises ClusterError, ConflictError among them, if another attempt is due.
     """
     executor = _Executor(cluster, seen, body, metrics)
     status, events, wake = plan.status, plan.events, plan.wake_after
+    refused = False
     try:
         await executor.act(plan.actions)
     except RefusedError as refusal:
         if is_finished(seen.status):
             raise  # nothing is said about a finished job any more
         status, events = _refused(seen, status or seen.status, events, refusal)
-        wake = RECHECK_SECONDS
-    await executor.write(status)
+        wake, refused = RECHECK_SECONDS, True
+    may_wait = patience > 0 and not events and not plan.write_ahead
+    if may_wait and status is not None and is_minor(seen.status, status):
+        return Outcome(patience if wake is None else min(wake, patience), refused)
+    wrote = await executor.write(status)
     await executor.tell(events)
-    return wake
+    return Outcome(wake, refused, wrote)
 
 
 def _refused(
@@ -74,7 +98,7 @@ def _refused(
     planned = condition_of(status, names.RUNNING)
     # The reason that would have been shown isn't, so it would be news again next time.
     events = tuple(each for each in events if not planned or each.reason != planned.reason)
-    notice = Notice("WorkersRefused", str(refusal), warning=True)
+    notice = Notice(refusal.reason, str(refusal), warning=True)
     events = (*events, *unless_said(seen, names.RUNNING, notice, notice.reason))
     status = mark(seen, status, names.RUNNING, False, notice.reason, notice.message)
     return view(seen, status), events
@@ -115,12 +139,15 @@ class _Executor:
             self._metrics.writes.labels(kind.plural, "create").inc()
         except ConflictError:
             # Ours already, and the cache is behind? Or somebody else's, then wait until it goes.
-            there = await self._cluster.get(kind, self._seen.namespace, name)
+            try:
+                there = await self._cluster.get(kind, self._seen.namespace, name)
+            except NotFoundError as error:
+                raise ConflictError(f"{kind.plural} {name} was there, and is gone") from error
             # A retained claim has no owner: its label alone says whose it is.
             labelled = label_of(there, names.LABEL_JOB_UID) == self._seen.uid
             if not (labelled if kind is Kind.CLAIM else belongs(there, self._seen.uid)):
                 message = f"{kind.plural} {name} exists and doesn't belong to this job"
-                raise RefusedError(f"{message}; delete it or rename the job") from None
+                raise TakenError(f"{message}; delete it or rename the job") from None
 
     async def _patch(self, kind: Kind, name: str, patch: Body) -> None:
         try:
@@ -136,19 +163,24 @@ class _Executor:
         except (NotFoundError, ConflictError):
             pass  # gone, or another object of that name: either way not there any more
 
-    async def write(self, status: JobStatus | None) -> None:
-        """Write what differs, on the condition that nobody wrote since."""
+    async def write(self, status: JobStatus | None) -> bool:
+        """Write what differs, on the condition that nobody wrote since. Returns whether any did."""
         if status is None or status == self._seen.status:
-            return
+            return False
         meta = self._body["metadata"]
         difference = merge_patch(self._body.get("status") or {}, status.to_dict())
         patch = {
             "metadata": {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]},
             "status": difference,
         }
-        await self._cluster.patch_status(Kind.JOB, self._seen.namespace, self._seen.name, patch)
+        namespace, name = self._seen.namespace, self._seen.name
+        try:
+            await self._cluster.patch_status(Kind.JOB, namespace, name, patch)
+        except NotFoundError as error:  # it was deleted since it was read
+            raise ConflictError(str(error)) from error
         self._metrics.writes.labels(Kind.JOB.plural, "patch").inc()
         self._metrics.count_restarts(self._seen.status, status)
+        return True
 
     async def tell(self, events: Iterable[Notice]) -> None:
         """Post Events. They are for people: one that can't be posted stops nothing."""

@@ -115,24 +115,24 @@ class Ledger:
 class Pods(Protocol):
     """The cache of pods, as far as the audit mends it."""
 
-    def amend(self, body: Mapping[str, Any]) -> None:
-        """Use this pod until the watch brings it or a newer one."""
+    def put(self, body: Body) -> None:
+        """This is how a pod is, unless something newer is known."""
         ...
 
     def drop(self, uid: str) -> None:
-        """This pod is gone, whatever the watch brought."""
+        """This pod is gone."""
         ...
 
 
 class Audit:
     """Compares watches with lists, nudges jobs whose news were missed, and says how late they are.
 
-    ``fetch`` lists metadata (kind, namespace), ``get`` reads one object.
+    ``fetch`` lists all there is (kind, namespace), ``get`` reads one object.
     """
 
     def __init__(
         self,
-        fetch: Callable[[Kind, str], Awaitable[list[Body]]],
+        fetch: Callable[[Kind, str], Awaitable[list[Item]]],
         get: Callable[[Kind, str, str], Awaitable[Body]],
         pods: Pods,
         nudge: Callable[[Key], None],
@@ -176,10 +176,10 @@ class Audit:
     async def look(self, kind: Kind) -> None:
         """Compare once, and mend what is owed. Raises ClusterError."""
         ledger, now = self._ledgers[kind], self._clock()
-        listed: list[Body] = []
+        listed: list[Item] = []
         for namespace in self._namespaces:
             listed += await self._fetch(kind, namespace)
-        ledger.compare([item_of(kind, body) for body in listed], now)
+        ledger.compare(listed, now)
         if ledger.lacks:
             await asyncio.sleep(SETTLE_SECONDS)
         for lack in ledger.lacks[:MENDED_AT_ONCE]:
@@ -199,7 +199,7 @@ class Audit:
                 self._pods.drop(item.uid)
             self.saw(kind, item, gone=True)
         elif kind is Kind.POD:
-            self._pods.amend(body)
+            self._pods.put(body)
         if item.job is not None:
             self._nudge(item.job)
 

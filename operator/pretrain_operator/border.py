@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pretrain_api.status import MAX_ATTEMPTS, MAX_MESSAGE
 from pretrain_api.wire import Assignment, TerminationMessage, WorkerStatus
 
+MAX_WORKERS = 4096  # of a job, as its schema has it
 MAX_INTEGER = 2**53  # what every JSON parser reads exactly
 MAX_NUMBER = 1e12  # seconds, tokens per second: far beyond anything measured
 MAX_TIME = 253_402_300_799  # the last second of the year 9999
@@ -85,7 +86,8 @@ def _keep_ends(document: dict[str, Any]) -> None:
 def bounded(value: Any) -> Any:
     """A JSON value with every string, list and number within bounds; entries without are left out.
 
-    Of a list the last items are kept, of a string the first characters.
+    Of a list the last items are kept, as many as there are workers if they are indices; of a string
+    the first characters.
     """
     if isinstance(value, str):
         # Half a surrogate pair can't be sent on.
@@ -94,8 +96,9 @@ def bounded(value: Any) -> Any:
         entries = ((key, bounded(item)) for key, item in cast(Mapping[str, Any], value).items())
         return {key: item for key, item in entries if item is not None}
     if isinstance(value, list):
-        items = (bounded(item) for item in cast(list[Any], value)[-MAX_ATTEMPTS:])
-        return [item for item in items if item is not None]
+        items = cast(list[Any], value)
+        limit = MAX_WORKERS if all(isinstance(item, int) for item in items) else MAX_ATTEMPTS
+        return [item for each in items[-limit:] if (item := bounded(each)) is not None]
     if isinstance(value, float):
         return value if math.isfinite(value) and abs(value) <= MAX_NUMBER else None
     if isinstance(value, int) and not isinstance(value, bool):

@@ -3,16 +3,16 @@
 Everything else sees :class:`Cluster`: five verbs over plain dictionaries. The official client is
 used for what is hard to get right (kubeconfig, rotating service-account tokens, TLS); paths and
 bodies are ours, because its typed models cost 80 MiB and refuse what a newer server may send.
-Every call has a time limit, and every error is one of four kinds a caller can act on.
+Every call has a time limit, and every error is of a kind that a caller can act on.
 """
 
 # The client's own hints are partial; what leaves this module is fully typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import asyncio
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from enum import Enum
 from typing import Any, Protocol, Self
 from urllib.parse import quote, urlencode, urlsplit
@@ -21,9 +21,11 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.client.rest import RESTResponse
 from kubernetes.aio.config import load_kube_config
 from kubernetes.aio.config.config_exception import ConfigException
 from kubernetes.aio.config.incluster_config import load_incluster_config
+from pydantic_core import from_json
 
 from pretrain_api import names
 
@@ -31,7 +33,11 @@ Body = dict[str, Any]
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 30.0
+REQUESTS_AT_ONCE = 64  # a job of thousands of pods is as many requests: their time runs once sent
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
+PAGE_ITEMS = 500  # of a list: a page of pods is some megabytes
+WATCH_SECONDS = 300  # after which a watch is asked for anew
+SILENT_WATCH_SECONDS = 150.0  # a living one sends a bookmark every minute
 METADATA_OF_ALL = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
@@ -75,8 +81,20 @@ class ConflictError(ClusterError):
     """The object changed since it was read, or is there already. Read again, decide again."""
 
 
+class GoneError(ClusterError):
+    """The version that a watch or a list was to go on from has been forgotten: list again."""
+
+
 class RefusedError(ClusterError):
     """Policy, quota, validation or missing rights: the same request will be refused again."""
+
+    reason = "WorkersRefused"  # for conditions and Events
+
+
+class TakenError(RefusedError):
+    """Somebody else's object has the name that was to be used."""
+
+    reason = "NameTaken"
 
 
 class Cluster(Protocol):
@@ -118,21 +136,6 @@ class Cluster(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: int
-    text: str
-    retry_after: str
-
-    def body(self) -> Body:
-        if not 200 <= self.status <= 299:
-            raise error_of(self.status, self.text, self.retry_after)
-        try:
-            return json.loads(self.text)
-        except ValueError as error:
-            raise ClusterError(f"the answer is no JSON: {error}", self.status) from error
-
-
 def error_of(status: int, text: str, retry_after: str = "") -> ClusterError:
     """The error for an HTTP status above 299, with the server's own message.
 
@@ -146,6 +149,7 @@ def error_of(status: int, text: str, retry_after: str = "") -> ClusterError:
         403: RefusedError,
         404: NotFoundError,
         409: ConflictError,
+        410: GoneError,
         422: RefusedError,
     }
     seconds = min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else 0.0
@@ -157,6 +161,7 @@ class HttpCluster:
 
     def __init__(self, client: ApiClient) -> None:
         self._client = client
+        self._turns = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
     @classmethod
     async def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> Self:
@@ -174,6 +179,8 @@ class HttpCluster:
             raise ClusterError(f"no way to reach a cluster: {error}") from error
         # The client would look into ~/.netrc before every request, in another thread.
         configuration.client_session_kwargs = {"trust_env": False}
+        # No limit but ours: every watch keeps one connection, and there may be many namespaces.
+        configuration.connection_pool_maxsize = 0
         configuration.proxy = configuration.proxy or proxy_for(str(configuration.host))
         client = ApiClient(configuration)
         client.user_agent = names.MANAGED_BY  # who wrote a field, in its managedFields
@@ -187,20 +194,53 @@ class HttpCluster:
         """See Cluster."""
         return await self._call("GET", _path(kind, namespace, name))
 
-    async def list_metadata(self, kind: Kind, namespace: str, selector: str = "") -> list[Body]:
-        """Names, UIDs, labels and versions of all objects; of every namespace if it is empty.
+    async def pages(
+        self, kind: Kind, namespace: str, selector: str, accept: str = "application/json"
+    ) -> AsyncIterator[Body]:
+        """All objects of one moment, some hundred at a time; a watch may go on from there.
 
-        From the API server's cache: cheap, and behind by no more than a watch is. Where there is
-        nothing to list, it may say null.
+        Of every namespace if that is empty. Each page has ``items``, and in its ``metadata`` the
+        ``resourceVersion`` of that moment. Raises GoneError if that is forgotten meanwhile.
         """
-        query = {"resourceVersion": "0"} | ({"labelSelector": selector} if selector else {})
-        path = f"{_path(kind, namespace)}?{urlencode(query)}"
-        return (await self._call("GET", path, accept=METADATA_OF_ALL)).get("items") or []
+        query = {"limit": str(PAGE_ITEMS)} | ({"labelSelector": selector} if selector else {})
+        while True:
+            path = f"{_path(kind, namespace)}?{urlencode(query)}"
+            page = await self._call("GET", path, accept=accept)
+            yield page
+            token = page["metadata"].get("continue")
+            if not token:
+                return
+            query["continue"] = token
 
-    async def list(self, kind: Kind, namespace: str, selector: str) -> list[Body]:
-        """All objects that match a label selector; for tests and tools."""
-        query = "?" + urlencode({"labelSelector": selector})
-        return (await self._call("GET", _path(kind, namespace) + query)).get("items") or []
+    async def watch(
+        self, kind: Kind, namespace: str, selector: str, version: str
+    ) -> AsyncIterator[tuple[str, Body]]:
+        """What changes after ``version``: ADDED, MODIFIED, DELETED or BOOKMARK, and the object.
+
+        Ends now and then; go on from the last version. Raises GoneError if that is forgotten.
+        """
+        query = {
+            "watch": "true",
+            "labelSelector": selector,
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        path = f"{_path(kind, namespace)}?{urlencode(query)}"
+        limit = aiohttp.ClientTimeout(connect=CONNECT_SECONDS, sock_read=SILENT_WATCH_SECONDS)
+        try:
+            answer = await self._send("GET", path, limit)
+            async with answer.response:
+                if answer.status != 200:
+                    await _read_whole(answer)
+                async for line in _lines(answer.response.content):
+                    event = from_json(line)
+                    if event["type"] == "ERROR":
+                        said = event["object"]
+                        raise error_of(int(said.get("code") or 0), json.dumps(said))
+                    yield event["type"], event["object"]
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError, KeyError) as error:
+            raise ClusterError(f"watch of {path}: {error or type(error).__name__}") from error
 
     async def serves_jobs(self) -> bool:
         """Whether the CustomResourceDefinition is there and established."""
@@ -241,6 +281,22 @@ class HttpCluster:
     async def _call(
         self, method: str, path: str, body: Body | None = None, accept: str = "application/json"
     ) -> Body:
+        limit = aiohttp.ClientTimeout(total=REQUEST_SECONDS, connect=CONNECT_SECONDS)
+        try:
+            async with self._turns:
+                answer = await self._send(method, path, limit, body, accept)
+                return await _read_whole(answer)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        limit: aiohttp.ClientTimeout,
+        body: Body | None = None,
+        accept: str = "application/json",
+    ) -> RESTResponse:
         headers = {"Accept": accept, "Content-Type": "application/json"}
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
@@ -248,20 +304,34 @@ class HttpCluster:
         _, url, headers, *_ = await self._client.param_serialize(
             method, path, header_params=headers, auth_settings=["BearerToken"]
         )
-        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, connect=CONNECT_SECONDS)
-        try:
-            answer = await self._client.call_api(
-                method,
-                url,
-                headers,
-                body,
-                _request_timeout=timeout,  # pyright: ignore[reportArgumentType] - the client's hints say int, aiohttp takes this
-            )
-            data = await answer.read()
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
-        wait = str(answer.headers.get("Retry-After", ""))
-        return _Answer(answer.status, data.decode(errors="replace"), wait).body()
+        return await self._client.call_api(
+            method,
+            url,
+            headers,
+            body,
+            _request_timeout=limit,  # pyright: ignore[reportArgumentType] - the client's hints say int, aiohttp takes this
+        )
+
+
+async def _read_whole(answer: RESTResponse) -> Body:
+    """The body of an answer. Raises one of the errors above if it says no."""
+    text = (await answer.read()).decode(errors="replace")
+    wait = str(answer.headers.get("Retry-After", ""))
+    if not 200 <= answer.status <= 299:
+        raise error_of(answer.status, text, wait)
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise ClusterError(f"the answer is no JSON: {error}", answer.status) from error
+
+
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of any length, as they come."""
+    rest = b""
+    async for data in stream.iter_any():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
 
 
 def proxy_for(url: str) -> str | None:

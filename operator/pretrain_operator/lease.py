@@ -36,6 +36,7 @@ from pretrain_operator.cluster import (
     NotFoundError,
 )
 from pretrain_operator.metrics import Metrics
+from pretrain_operator.reconcile import Key
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,10 @@ def _time(text: str | None) -> datetime | None:
 
 
 class Keeper:
-    """Takes the Lease ``namespace/name`` when it may, renews it, and knows whether it is held."""
+    """Takes the Lease ``namespace/name`` when it may, renews it, and knows whether it is held.
+
+    ``again`` is called for every job that metrics have forgotten when it is held again.
+    """
 
     def __init__(
         self,
@@ -157,6 +161,7 @@ class Keeper:
         name: str,
         identity: str,
         metrics: Metrics,
+        again: Callable[[Key], None] = lambda job: None,
         *,
         clock: Callable[[], float] = boot_time,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -166,11 +171,13 @@ class Keeper:
         self._name = name
         self._identity = identity
         self._metrics = metrics
+        self._again = again
         self._clock = clock
         self._wall = wall
         self._held: Record | None = None  # ours, as we wrote it; None if it must be read
         self._sight: Sight | None = None
         self._renewed = -math.inf
+        self._term = 0
         self._taken = asyncio.Event()
         self._said = ""
 
@@ -178,6 +185,10 @@ class Keeper:
     def leading(self) -> bool:
         """Whether the Lease is surely ours."""
         return self._clock() - self._renewed < SURE_SECONDS
+
+    def term(self) -> int:
+        """The number of times that the Lease was taken: between two, another one may have led."""
+        return self._term
 
     def check(self) -> None:
         """Raise NotLeadingError unless the Lease is surely ours."""
@@ -198,7 +209,8 @@ class Keeper:
                     await self.step()
             except (ClusterError, TimeoutError) as error:
                 self._say(f"the Lease can't be renewed: {error or 'no answer'}", logging.WARNING)
-            self._metrics.lead(self.leading)
+            for job in self._metrics.lead(self.leading):
+                self._again(job)
             await asyncio.sleep(RENEW_SECONDS)
 
     async def step(self) -> None:
@@ -247,6 +259,8 @@ class Keeper:
             written = await self._cluster.create(Kind.LEASE, self._namespace, body)
         else:
             written = await self._patch(record, spec)
+        if record is None or record.holder != self._identity:
+            self._term += 1
         self._held = parse_record(written)
         self._renewed = started
         self._taken.set()

@@ -12,6 +12,7 @@ from pretrain_api.status import JobPhase, JobStatus
 from pretrain_api.wire import Timeline
 
 JOB = ("namespace", "job")
+ENDED = (JobPhase.COMPLETE, JobPhase.FAILED)
 RECOVERY_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -70,6 +71,9 @@ class Metrics:
         self.finished = Counter(
             "pretrain_jobs_finished", "Jobs that ended, by phase.", ["phase"], registry=reg
         )
+        # A counter that begins at 1 has never increased: the first failure would alert nobody.
+        for phase in ENDED:
+            self.finished.labels(str(phase))
         self.jobs = Gauge("pretrain_jobs", "Jobs, by phase.", ["phase"], registry=reg)
         self._gauges = {
             "step": _job_gauge(reg, "step", "Optimizer steps done."),
@@ -94,6 +98,7 @@ class Metrics:
             reg, "restarts_in_place", "Restarts of ranks within their pods."
         )
         self._jobs: set[tuple[str, str]] = set()
+        self._hidden: set[tuple[str, str]] = set()  # while another operator may lead
         self._phases: dict[tuple[str, str], JobPhase] = {}
         self._starts: dict[tuple[str, str], tuple[int, int] | None] = {}
 
@@ -133,12 +138,20 @@ class Metrics:
         if not first and start != known and timeline.stopped is not None:
             self.recovery_seconds.observe(max(0.0, timeline.trained - timeline.stopped))
 
-    def lead(self, leading: bool) -> None:
-        """Show whether this operator leads. Who doesn't shows no jobs: another one does."""
+    def lead(self, leading: bool) -> set[tuple[str, str]]:
+        """Show whether this operator leads. Who doesn't shows no jobs: another one may.
+
+        Returns the jobs that were forgotten for it, once it leads again: they are to be recorded
+        anew, also those that nothing happens to.
+        """
         self.leader.set(leading)
-        if not leading:
-            for job in [*self._jobs]:
-                self.forget(*job)
+        if leading:
+            again, self._hidden = self._hidden, set()
+            return again
+        for job in [*self._jobs]:
+            self._hidden.add(job)
+            self.forget(*job)
+        return set()
 
     def forget(self, namespace: str, name: str) -> None:
         """Drop everything about a job that is gone."""
@@ -162,8 +175,7 @@ class Metrics:
         for reason, count in (after.restarts.by_reason if after.restarts else {}).items():
             if count > old.get(reason, 0):
                 self.restarts.labels(reason).inc(count - old.get(reason, 0))
-        ended = (JobPhase.COMPLETE, JobPhase.FAILED)
-        if after.phase in ended and after.completion_time and not before.completion_time:
+        if after.phase in ENDED and after.completion_time and not before.completion_time:
             self.finished.labels(str(after.phase)).inc()
 
     def _count_phase(self, job: tuple[str, str], phase: JobPhase | None) -> None:

@@ -1,9 +1,9 @@
 """From the cluster to one frozen :class:`Observation`: everything a decision may depend on.
 
-Pods come from kopf's index (a cache that follows the watch), the job itself is always read afresh,
-because its status is the operator's memory and is written under a resourceVersion precondition.
-Claim, ConfigMap and network policy are read only when something has to be created or the spec has
-changed: a job in full swing costs one GET and one question to its leader per round.
+Pods come from a cache that follows their watch. The job itself is read afresh, or is what the last
+write of this operator made of it (:mod:`recall`): its status is the operator's memory.
+Claim, ConfigMap and network policy are read only when something has to be created, the spec has
+changed, or nobody trains: a job in full swing costs one question to its leader per round.
 
 A cache may lag. It can make a pod look missing that is there: creating it again is refused
 harmlessly, and before a member is called lost it is asked for by name. It can make a pod look alive
@@ -11,7 +11,7 @@ that has failed: so is one that no longer belongs, before it is deleted and its 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from pretrain_operator.settings import Settings
 
 Json = Mapping[str, Any]
 
+LONGEST_GRACE = 10**8  # seconds; whatever else is in a pod, dates can be reckoned with this
 SILENT_SECONDS = 10.0  # without an answer after which a worker may be lost
 TERMINAL_PHASES = ("Succeeded", "Failed")
 
@@ -61,6 +62,8 @@ class Pod:
     index: int
     created_in: int
     created: datetime
+    version: str = ""
+    owners: tuple[str, ...] = ()  # UIDs
     phase: str = "Pending"
     reason: str = ""  # of the pod itself, such as Evicted
     message: str = ""  # the sentence that goes with it
@@ -253,7 +256,7 @@ def parse_pod(body: Json) -> Pod | None:
     conditions = _conditions(body)
     container = _container(status)
     kill_at = _time(meta.get("deletionTimestamp"))
-    grace = timedelta(seconds=meta.get("deletionGracePeriodSeconds") or 0)
+    grace = timedelta(seconds=_grace(meta.get("deletionGracePeriodSeconds") or 0))
     disruption = conditions.get("DisruptionTarget", {})
     return Pod(
         name=meta["name"],
@@ -261,12 +264,14 @@ def parse_pod(body: Json) -> Pod | None:
         index=index,
         created_in=created_in,
         created=_time(meta.get("creationTimestamp")) or datetime.fromtimestamp(0, UTC),
+        version=meta.get("resourceVersion") or "",
+        owners=tuple(_owners(body)),
         phase=status.get("phase", "Pending"),
         reason=status.get("reason") or "",
         message=status.get("message") or "",
         node=_part(body, "spec").get("nodeName"),
         ip=status.get("podIP"),
-        grace_seconds=int(_part(body, "spec").get("terminationGracePeriodSeconds") or 30),
+        grace_seconds=_grace(_part(body, "spec").get("terminationGracePeriodSeconds") or 30),
         ready=conditions.get("Ready", {}).get("status") == "True",
         holds_quota=holds_quota(labels, _part(meta, "annotations")),
         assignment=_part(meta, "annotations").get(names.ANNOTATION_ASSIGNMENT),
@@ -279,13 +284,35 @@ def parse_pod(body: Json) -> Pod | None:
     )
 
 
+def _grace(seconds: int) -> int:
+    return max(0, min(int(seconds), LONGEST_GRACE))
+
+
+def with_metadata(pod: Pod, meta: Json) -> Pod:
+    """The pod with what its metadata says in a later version of it."""
+    later = parse_pod({"metadata": meta})
+    if later is None:
+        return pod
+    changes = {name: getattr(later, name) for name in _OF_METADATA}
+    return replace(pod, **changes)
+
+
+_OF_METADATA = (
+    "version", "owners", "holds_quota", "assignment", "reminded", "kill_at", "deleted_at",
+)  # fmt: skip
+
+
 def belongs(body: Json, job_uid: str) -> bool:
     """Whether a child was made for this very job, not for another one of the same name.
 
     The owner reference says so. A label may have been copied with the rest of a manifest.
     """
+    return job_uid in _owners(body)
+
+
+def _owners(body: Json) -> list[str]:
     owners = cast(Iterable[Json], _part(body, "metadata").get("ownerReferences") or ())
-    return any(owner.get("uid") == job_uid for owner in owners)
+    return [str(owner.get("uid")) for owner in owners]
 
 
 def label_of(body: Json, key: str) -> str | None:
@@ -319,7 +346,9 @@ def _trouble(conditions: Json, container: Json) -> Trouble | None:
     waiting = _part(container, "waiting")
     if waiting.get("reason") in (None, "", "ContainerCreating", "PodInitializing"):
         return None
-    return Trouble(waiting["reason"], waiting.get("message", ""))
+    # The kubelet says one of the two by turns, and means the same.
+    reason = "ImagePullBackOff" if waiting["reason"] == "ErrImagePull" else waiting["reason"]
+    return Trouble(reason, waiting.get("message", ""))
 
 
 def _exit(container: Json) -> Exit | None:
@@ -357,41 +386,42 @@ def _time(text: str | None) -> datetime | None:
 
 
 def _time_or_none(text: str | None) -> datetime | None:
-    """A time that a user may have edited."""
+    """A time that a user may have edited. Without a time zone it can't be compared: it is none."""
     try:
-        return _time(text)
+        found = _time(text)
     except ValueError:
         return None
+    return found if found and found.tzinfo else None
 
 
-async def gather_pods(cluster: Cluster, job: Job, cached: Iterable[Json]) -> tuple[Pod, ...]:
+async def gather_pods(cluster: Cluster, job: Job, cached: Iterable[Pod]) -> tuple[Pod, ...]:
     """The job's pods by index and age, as the cache has them.
 
     Asked for are members with a UID that it lacks, and running pods without a place in the present
     generation: these are about to be deleted, unless they have ended and are kept for a look.
     """
     uid, namespace = job.meta.uid or "", job.meta.namespace or "default"
-    bodies = {body["metadata"]["name"]: body for body in cached if belongs(body, uid)}
+    pods = {pod.name: pod for pod in cached if uid in pod.owners}
     present = job.status.assignment
     members = present.workers if present else ()
-    missing = {each.pod for each in members if each.uid and each.pod not in bodies}
+    missing = {each.pod for each in members if each.uid and each.pod not in pods}
     placed = {each.pod for each in (*members, *(present.candidates if present else ()))}
-    parsed = (parse_pod(body) for name, body in bodies.items() if name not in placed)
-    for name in missing | {pod.name for pod in parsed if pod and pod.alive}:
+    for name in missing | {pod.name for pod in pods.values() if pod.alive} - placed:
         body = await _find(cluster, Kind.POD, namespace, name)
-        bodies.pop(name, None)
-        if body is not None and belongs(body, uid):
-            bodies[name] = body
-    pods = [pod for body in bodies.values() if (pod := parse_pod(body))]
-    return tuple(sorted(pods, key=lambda pod: (pod.index, pod.created_in)))
+        pods.pop(name, None)
+        if body is not None and belongs(body, uid) and (pod := parse_pod(body)):
+            pods[name] = pod
+    return tuple(sorted(pods.values(), key=lambda pod: (pod.index, pod.created_in)))
 
 
 async def gather_surroundings(
-    cluster: Cluster, job: Job, pods: tuple[Pod, ...]
+    cluster: Cluster, job: Job, pods: tuple[Pod, ...], *, again: bool = False
 ) -> Surroundings | None:
     """Claim, ConfigMap and network policy, if something is to be created or the spec changed.
 
-    Of a job without a valid spec, for which nothing is created, only the claim made for it.
+    Of a job without a valid spec, for which nothing is created, only the claim made for it. Of one
+    that never had a pod too: its ConfigMap and policy are created without a look, unless that was
+    tried before and is tried ``again``.
     """
     if not _needs_surroundings(job, pods):
         return None
@@ -402,7 +432,9 @@ async def gather_surroundings(
     claim = await _find(cluster, Kind.CLAIM, namespace, wanted) if wanted else None
     if job.job is None:
         return Surroundings(claim=parse_claim(claim)) if claim else None
-    if not _members(job):  # to be decided first: nothing else is created in this round
+    assignment = job.status.assignment
+    begun = assignment is not None and (again or pods or assignment.generation > 1)
+    if not begun or not _members(job):  # members are to be decided first
         return Surroundings(claim=parse_claim(claim) if claim else None)
     config = await _find(cluster, Kind.CONFIG_MAP, namespace, config_name(job.meta.name))
     policy = await _find(cluster, Kind.NETWORK_POLICY, namespace, policy_name(job.meta.name))
@@ -465,8 +497,12 @@ async def gather(
     nonce: str,
     reports: Mapping[str, WorkerStatus],
     silent: Mapping[str, float],
+    again: bool,
 ) -> Observation:
-    """Everything about a job in one observation. Raises ClusterError if a read fails."""
+    """Everything about a job in one observation; ``again`` if the last round over it failed.
+
+    Raises ClusterError if a read fails.
+    """
     return Observation(
         meta=job.meta,
         job=job.job,
@@ -477,7 +513,7 @@ async def gather(
         nonce=nonce,
         image=settings.trainer_image,
         pods=pods,
-        surroundings=await gather_surroundings(cluster, job, pods),
+        surroundings=await gather_surroundings(cluster, job, pods, again=again),
         lost_nodes=await gather_lost_nodes(cluster, pods, silent),
         reports=reports,
         silent=silent,

@@ -1,11 +1,11 @@
 """How far training is: from a worker's report to the status people read.
 
-Numbers that change all the time are taken over at most every PROGRESS_SECONDS, so that a job at
-full speed is no burden on the API server. What is not finite is left out: JSON has no NaN.
+Numbers change all the time, so they are written at a limited :func:`pace`, sooner only if there is
+other news. What is not finite is left out: JSON has no NaN.
 """
 
 import math
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from pretrain_api.status import (
@@ -18,8 +18,18 @@ from pretrain_api.status import (
 from pretrain_api.wire import Phase, Progress, TerminationMessage, WorkerStatus
 from pretrain_operator.observe import Observation
 
-PROGRESS_SECONDS = 10.0
+PROGRESS_SECONDS = 10.0  # between two writes of one job's numbers, at least
+WRITES_PER_SECOND = 10.0  # of all jobs' numbers, at most
 TRAINED_PHASES = (Phase.STEP, Phase.EVAL, Phase.SAVE, Phase.DONE)
+
+
+def pace(jobs: int) -> float:
+    """Seconds between two writes of a job's numbers, when there are so many jobs.
+
+    A write costs the API server milliseconds, so a thousand jobs must not have one each all the
+    time. Metrics are as fresh as ever.
+    """
+    return max(PROGRESS_SECONDS, jobs / WRITES_PER_SECOND)
 
 
 def report_of_leader(seen: Observation) -> WorkerStatus | None:
@@ -150,25 +160,3 @@ def with_report(seen: Observation, status: JobStatus) -> JobStatus:
     status = with_in_place(status, assignment.in_place_before + report.restarts_in_place)
     share = goodput(status, report.progress, seen.now)
     return status if share is None else status.model_copy(update={"goodput": share})
-
-
-def throttled(before: JobStatus, after: JobStatus, now: datetime) -> JobStatus:
-    """Status as it is to be written: the numbers of before if only they changed, and too soon.
-
-    All a worker reports is held back: what is written is seen by the watch and causes a round, so
-    news in every answer would make one write after the other.
-    """
-    if before.progress is None or before.progress.updated is None:
-        return after
-    if now - before.progress.updated >= timedelta(seconds=PROGRESS_SECONDS):
-        return after
-    numbers: dict[str, Any] = {
-        "progress": before.progress,
-        "goodput": before.goodput,
-        "checkpoint": before.checkpoint,
-    }
-    if before.restarts and after.restarts:
-        in_place = {"in_place": before.restarts.in_place}
-        numbers["restarts"] = after.restarts.model_copy(update=in_place)
-    held = after.model_copy(update=numbers)
-    return before if held == before else after

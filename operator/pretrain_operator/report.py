@@ -33,12 +33,17 @@ def report(seen: Observation) -> tuple[JobStatus, tuple[Notice, ...]]:
     if value:
         status = mark(seen, status, names.RESTARTING, False, reason, message)
     status = view(seen, status)
-    return status, _news(seen, status, value, reason, message)
+    news = list(reported(seen, status))
+    if value and not holds(seen.status, names.RUNNING):
+        news.append(Notice("Training", message))
+    elif not value and reason not in STARTING_REASONS:
+        warning = Notice(reason, message, warning=True)
+        news += unless_said(seen, names.RUNNING, warning, reason)
+    return status, tuple(news)
 
 
-def _news(
-    seen: Observation, status: JobStatus, value: bool, reason: str, message: str
-) -> tuple[Notice, ...]:
+def reported(seen: Observation, status: JobStatus) -> tuple[Notice, ...]:
+    """News from workers that are about to be written down for the first time with ``status``."""
     before, after = seen.status.progress, status.progress
     news: list[Notice] = []
     resumed = after.resumed_from if after else None
@@ -52,11 +57,6 @@ def _news(
         if item not in known
     ]
     news += _restarted_in_place(seen, status)
-    if value and not holds(seen.status, names.RUNNING):
-        news.append(Notice("Training", message))
-    elif not value and reason not in STARTING_REASONS:
-        warning = Notice(reason, message, warning=True)
-        news += unless_said(seen, names.RUNNING, warning, reason)
     return tuple(news)
 
 

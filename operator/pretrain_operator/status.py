@@ -12,12 +12,13 @@ from pretrain_api import names
 from pretrain_api.status import Condition, JobPhase, JobStatus, RestartsStatus, WorkersStatus
 from pretrain_operator.observe import Observation, Pod
 from pretrain_operator.policies.diagnosis import finished_well
-from pretrain_operator.progress import report_of_leader, throttled, trains
+from pretrain_operator.progress import report_of_leader, trains
 
 INVALID = "Invalid"  # the one reason of Failed that heals
 STARTING_REASONS = ("WorkersStarting", "WorldStarting")
 # A leader that can't be asked (a network policy, a mesh) must not look like one that doesn't train.
 LEADER_SILENCE = timedelta(seconds=60)
+NUMBERS = ("phase", "workers", "replicas", "progress", "goodput", "checkpoint")
 MAX_CONDITION = 32_768  # characters of a condition's message that the API takes
 
 
@@ -124,6 +125,15 @@ def training_state(seen: Observation) -> tuple[bool, str, str]:
     return True, "LeaderSilent", "all workers are ready, but the leader's status can't be read"
 
 
+def is_minor(before: JobStatus, after: JobStatus) -> bool:
+    """Whether only numbers, the phase and the wording of conditions are new."""
+    judgements = [[(c.type, c.status) for c in status.conditions] for status in (before, after)]
+    if before == after or judgements[0] != judgements[1]:
+        return False
+    numbers = {name: getattr(before, name) for name in (*NUMBERS, "conditions")}
+    return after.model_copy(update=numbers) == before
+
+
 def sizes(pods: tuple[Pod, ...]) -> int:
     """Workers that exist, for kubectl scale."""
     return sum(not pod.over for pod in pods)
@@ -149,12 +159,12 @@ def judged(seen: Observation, status: JobStatus) -> JobStatus:
     return mark(seen, status, names.FAILED, True, INVALID, "; ".join(seen.problems))
 
 
-def view(seen: Observation, status: JobStatus, *, throttle: bool = True) -> JobStatus:
+def view(seen: Observation, status: JobStatus) -> JobStatus:
     """Status with everything that follows from pods and conditions."""
     # Members of the status being built: a plan that changes them shows their pods at once.
     built = replace(seen, status=status)
     desired = seen.job.spec.workers.replicas if seen.job else len(seen.members)
-    status = status.model_copy(
+    return status.model_copy(
         update={
             "observed_generation": seen.meta.generation,
             "phase": phase_of(status, built),
@@ -164,4 +174,3 @@ def view(seen: Observation, status: JobStatus, *, throttle: bool = True) -> JobS
             "restarts": status.restarts or RestartsStatus(),
         }
     )
-    return throttled(seen.status, status, seen.now) if throttle else status

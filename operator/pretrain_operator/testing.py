@@ -5,6 +5,7 @@ grace period, and garbage collection by owner. A test plays kubelet and schedule
 of :class:`MemoryCluster` below the line, and may let the operator crash at any write.
 """
 
+import asyncio
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,7 @@ from pretrain_operator.cluster import (
 )
 from pretrain_operator.merge import apply_merge_patch
 from pretrain_operator.metrics import Metrics
-from pretrain_operator.observe import Pod
+from pretrain_operator.observe import Pod, parse_pod
 from pretrain_operator.reconcile import Key, Reconciler
 from pretrain_operator.settings import Settings
 from pretrain_operator.workers import Answers
@@ -236,6 +237,13 @@ class MemoryCluster:
         self.now += timedelta(seconds=seconds)
 
 
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait for what has no event of its own. Raises TimeoutError if it doesn't come."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - anything may make it true
+            await asyncio.sleep(0.001)
+
+
 def condition(kind: str, status: str, **fields: str) -> Body:
     """A condition of a pod."""
     return {"type": kind, "status": status, **fields}
@@ -293,13 +301,14 @@ class Bench:
         """A user creates the job."""
         await self.cluster.create(Kind.JOB, "default", job_body(**spec))
 
-    def cached_pods(self, key: Key) -> list[Body]:
+    def cached_pods(self, key: Key) -> list[Pod]:
         """The pods as the operator's cache has them."""
-        return self.cluster.pods() if self.stale is None else copy.deepcopy(self.stale)
+        bodies = self.cluster.all(Kind.POD) if self.stale is None else self.stale
+        return [pod for body in bodies if (pod := parse_pod(body))]
 
-    async def round(self) -> float | None:
-        """One round, by an operator that remembers nothing of the last one."""
-        operator = Reconciler(
+    def operator(self) -> Reconciler:
+        """An operator that remembers nothing of any round."""
+        return Reconciler(
             self.cluster,
             self.workers,
             self.cached_pods,
@@ -307,7 +316,16 @@ class Bench:
             self.metrics,
             clock=lambda: self.cluster.now,
         )
-        return await operator.reconcile(("default", JOB))
+
+    async def round(self) -> float | None:
+        """One round, by an operator that remembers nothing of the last one."""
+        return await self.operator().reconcile(("default", JOB))
+
+    async def rest(self, operator: Reconciler) -> float | None:
+        """Rounds by one operator until it doesn't ask for another at once. Returns what it does."""
+        while (wake := await operator.reconcile(("default", JOB))) == 0:
+            pass
+        return wake
 
     async def settle(self, rounds: int = 30) -> float | None:
         """Rounds until nothing is written any more. Returns what the last one asked for.

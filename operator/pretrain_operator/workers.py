@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 2.0
 SIZE_LIMIT = 64 * 1024
 # Two misses further apart are no silence in between: nobody asked. More than any pause between
-# rounds, so that one lost packet now and one an hour later never add up.
-FORGET_SECONDS = 20.0
+# rounds, also when hundreds of jobs are silent at once and each holds a round up for its two
+# seconds, so that one lost packet now and one an hour later never add up.
+FORGET_SECONDS = 60.0
 AT_ONCE = 128  # questions; a worker's time must not run while it waits for its turn
 UNREACHABLE = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT})
 

@@ -5,6 +5,7 @@ one workflow is, and of the others a few points spread over the whole.
 """
 
 import os
+from itertools import count
 
 import pytest
 
@@ -32,7 +33,7 @@ async def test_every_crash_point(
     remember(request.config, findings)
     verify(findings)
     if picked is None:
-        last = findings.killed[-1]
-        assert findings.killed == list(range(1, last + 1))
-        # Progress is written by time, so that runs differ by a few writes: all of one was covered.
-        assert last >= 0.8 * len(findings.writes)
+        # Progress is written by time, so that runs differ by a few writes, those at the same time
+        # too: the first that came to its end alive says how far all were covered.
+        covered = next(number for number in count(1) if number not in findings.killed) - 1
+        assert covered >= 0.8 * len(findings.writes)

@@ -26,12 +26,12 @@ async def both_watch(lab: Lab, other: Operator) -> None:
     await lab.until(standing_by, "a second operator stands by")
 
 
-def wants_the_job(call: Call) -> bool:
-    return call.method == "GET" and call.path.endswith("/pretrainjobs/job")
+def decides_to_restart(call: Call) -> bool:
+    return call.is_write and call.path.endswith("/status") and '"Restarting"' in str(call.body)
 
 
 async def test_a_frozen_leader_writes_nothing_when_it_is_thawed(new_lab: NewLab) -> None:
-    """It is frozen in the middle of a round, with what it read in its hands."""
+    """It is frozen with a decision just written, and pods to create in its hands."""
     expected, _ = await undisturbed(new_lab, WORKER_FAILS)
     async with new_lab(SCRIPT) as lab, lab.another("b") as other:
         lab.operator.start()
@@ -42,12 +42,12 @@ async def test_a_frozen_leader_writes_nothing_when_it_is_thawed(new_lab: NewLab)
             await both_watch(lab, other)
             assert other.proxy.writes == []
 
-            reading = Hang(wants_the_job)
-            lab.proxy.faults.append(reading)
-            await lab.until_true(reading.caught.is_set, "a round has begun")
-            lab.operator.freeze()
-            reading.free.set()  # the answer waits in the socket, and with it something to do
+            deciding = Hang(decides_to_restart)
+            lab.proxy.faults.append(deciding)
             lab.kubelet.go_on()
+            await lab.until_true(deciding.caught.is_set, "a failure has been seen")
+            lab.operator.freeze()
+            deciding.free.set()  # the answer waits in the socket, and with it something to do
             before = len(lab.proxy.writes)
             await lab.until_true(lambda: bool(other.proxy.writes), "the other takes over")
             asked = len(lab.proxy.calls)

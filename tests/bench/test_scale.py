@@ -13,7 +13,7 @@ from pretrain_bench.client import Client
 from pretrain_bench.scale import workers
 from pretrain_bench.scale.costs import Usage, requests
 from pretrain_bench.scale.podlog import Life, PodLog
-from pretrain_bench.scale.throughput import Result, pretrain_job, shape, tables
+from pretrain_bench.scale.throughput import Result, complaints, pretrain_job, shape, tables
 
 METRICS = """\
 # TYPE apiserver_flowcontrol_dispatched_requests_total counter
@@ -55,7 +55,7 @@ def test_a_pretended_worker_says_what_an_agent_would(pods: PodLog) -> None:
     assert workers.status_of(life, 100.0) == WorkerStatus()
     life.assignment = WorkerStatus(generation=2, rank=0).model_dump() | {"leader": "x"}
     said = workers.status_of(life, 125.0)
-    assert (said.generation, said.phase, said.progress.step) == (2, Phase.STEP, 3)
+    assert (said.generation, said.phase, said.progress.step) == (2, Phase.STEP, 1)
     pods.by_address["127.0.0.1"] = life
     with workers.answering(pods):
         url = f"http://127.0.0.1:{names.HTTP_PORT}/status"
@@ -84,3 +84,9 @@ def test_this_process_has_cost_something() -> None:
     usage = Usage.of(os.getpid())
     assert usage.peak_mib > 10
     assert usage.cpu_seconds > 0
+
+
+def test_what_the_operator_warned_of_is_told() -> None:
+    said = "2026-01-01 10:00:00,000 {:<7} pretrain_operator.queue: {}\n"
+    log = said.format("INFO", "WARNING is a word") + 30 * said.format("WARNING", "twice")
+    assert complaints(log) == 20 * [said.format("WARNING", "twice").rstrip()]

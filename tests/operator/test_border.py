@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain_api import names
-from pretrain_api.status import MAX_MESSAGE, JobPhase
+from pretrain_api.status import MAX_ATTEMPTS, MAX_MESSAGE, JobPhase
 from pretrain_api.wire import Failure, Progress, Result
 from pretrain_operator.actions import Notice
 from pretrain_operator.apply import build_event
@@ -88,6 +88,13 @@ def test_everything_is_bounded_and_can_be_sent_on(value: Any) -> None:
         assert not isinstance(item, str) or len(item) <= MAX_MESSAGE
         assert not isinstance(item, float) or abs(item) <= MAX_NUMBER
     assert bounded(found) == found
+
+
+def test_a_leader_may_wait_for_thousands() -> None:
+    said = {"waitingFor": list(range(5000)), "names": ["x"] * 5000}
+    found = bounded(said)
+    assert found["waitingFor"] == list(range(904, 5000))
+    assert len(found["names"]) == MAX_ATTEMPTS
 
 
 def walk(value: Any) -> list[Any]:

@@ -12,9 +12,11 @@ import pytest
 from aiohttp import web
 from kubernetes.aio.config import incluster_config
 
+from pretrain_operator.__main__ import list_watched
 from pretrain_operator.cluster import (
     ClusterError,
     ConflictError,
+    GoneError,
     HttpCluster,
     Kind,
     NotFoundError,
@@ -33,17 +35,20 @@ class Recorder:
         self.method = self.path = self.content_type = self.accept = self.authorization = ""
         self.sent: Any = None
         self.text: str | None = None  # answered as it is
+        self.bodies: list[Any] = []  # answered one after the other, before the one above
+        self.query: dict[str, str] = {}
 
     async def handle(self, request: web.Request) -> web.Response:
+        self.method, self.path, self.query = request.method, request.path, dict(request.query)
         if self.text is not None:
             return web.Response(text=self.text)
-        self.method, self.path = request.method, request.path
         self.content_type = request.content_type
         self.accept = request.headers["Accept"]
         self.authorization = request.headers["Authorization"]
         text = await request.text()
         self.sent = json.loads(text) if text else None
-        return web.json_response(self.body, status=self.status, headers=self.headers)
+        body = self.bodies.pop(0) if self.bodies else self.body
+        return web.json_response(body, status=self.status, headers=self.headers)
 
 
 @pytest.fixture
@@ -176,12 +181,17 @@ async def test_a_rotated_token_is_used_without_a_restart(
     await inside.close()
 
 
+def meta_of(name: str) -> dict[str, Any]:
+    meta = {"name": name, "namespace": "team", "uid": f"uid-{name}", "resourceVersion": "1"}
+    return {"metadata": meta}
+
+
 async def test_only_metadata_is_asked_for_where_that_is_enough(
     client: HttpCluster, server: Recorder
 ) -> None:
-    server.body = {"items": [{"metadata": {"name": "a"}}]}
-    found = await client.list_metadata(Kind.POD, "team", "app=x")
-    assert found == [{"metadata": {"name": "a"}}]
+    server.body = {"metadata": {"resourceVersion": "7"}, "items": [meta_of("a"), meta_of("b")]}
+    found = await list_watched(client, Kind.POD, "team")
+    assert [(item.name, item.version) for item in found] == [("a", "1"), ("b", "1")]
     assert server.path == "/api/v1/namespaces/team/pods"
     assert "PartialObjectMetadataList" in server.accept
     await client.delete(Kind.POD, "team", "a", "uid-1", 0)
@@ -193,9 +203,53 @@ async def test_a_list_of_nothing_is_empty(
     client: HttpCluster, server: Recorder, body: dict[str, Any]
 ) -> None:
     """The API server writes null for a list of metadata that has never had an item."""
-    server.body = body
-    assert await client.list_metadata(Kind.POD, "team") == []
-    assert await client.list(Kind.POD, "team", "app=x") == []
+    server.body = {"metadata": {"resourceVersion": "7"}, **body}
+    assert await list_watched(client, Kind.JOB, "team") == []
+
+
+async def test_a_long_list_comes_in_pages_of_one_moment(
+    client: HttpCluster, server: Recorder
+) -> None:
+    first = {"metadata": {"resourceVersion": "7", "continue": "next"}, "items": [{"kind": "a"}]}
+    last = {"metadata": {"resourceVersion": "7"}, "items": [{"kind": "b"}]}
+    server.bodies = [first, last]
+    pages = [page async for page in client.pages(Kind.POD, "", "app=x")]
+    assert pages == [first, last]
+    assert server.path == "/api/v1/pods"
+    assert (server.query["continue"], server.query["labelSelector"]) == ("next", "app=x")
+    server.status, server.body = 410, {"message": "the provided continue parameter is too old"}
+    with pytest.raises(GoneError):
+        [page async for page in client.pages(Kind.POD, "", "app=x")]
+
+
+async def test_a_watch_brings_events_until_it_ends(client: HttpCluster, server: Recorder) -> None:
+    events = [
+        {"type": kind, "object": {"metadata": {"name": "x" * size}}}
+        for kind, size in (("ADDED", 1), ("MODIFIED", 500_000), ("DELETED", 1))
+    ]
+    server.text = "".join(json.dumps(event) + "\n" for event in events)
+    brought = [event async for event in client.watch(Kind.POD, "team", "app=x", "7")]
+    assert brought == [(event["type"], event["object"]) for event in events]
+    assert server.path == "/api/v1/namespaces/team/pods"
+    assert server.query["resourceVersion"] == "7"
+    assert server.query["allowWatchBookmarks"] == "true"
+
+
+async def test_what_ends_a_watch_is_told_apart(client: HttpCluster, server: Recorder) -> None:
+    async def follow() -> None:
+        async for _ in client.watch(Kind.POD, "", "app=x", "7"):
+            pass
+
+    said = {"kind": "Status", "code": 410, "message": "too old resource version"}
+    server.text = json.dumps({"type": "ERROR", "object": said}) + "\n"
+    with pytest.raises(GoneError, match="too old"):
+        await follow()
+    server.text = '{"type": "ADDED", "obj\n'
+    with pytest.raises(ClusterError, match="watch of"):
+        await follow()
+    server.text, server.status, server.body = None, 403, {"message": "pods is forbidden"}
+    with pytest.raises(RefusedError, match="forbidden"):
+        await follow()
 
 
 async def test_nobody_there(tmp_path: Path) -> None:

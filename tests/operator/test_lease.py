@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pretrain_api.status import JobStatus
 from pretrain_operator import lease
 from pretrain_operator.cluster import CONNECT_SECONDS, Body, ClusterError, Kind
 from pretrain_operator.lease import (
@@ -29,7 +30,8 @@ from pretrain_operator.lease import (
     parse_record,
 )
 from pretrain_operator.metrics import Metrics
-from pretrain_operator.testing import MemoryCluster
+from pretrain_operator.reconcile import Key
+from pretrain_operator.testing import MemoryCluster, until
 
 SPACE, NAME = "pretrain-system", "pretrain-operator"
 EXAMPLES = 4 * int(os.environ.get("PRETRAIN_TEST_EXAMPLES", "25"))  # short ones
@@ -140,8 +142,10 @@ async def test_a_renewal_that_does_not_arrive_ends_it_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster, clock, metrics = MemoryCluster(), Clock(), Metrics()
-    holder = keeper(cluster, "a", clock, metrics)
+    again: list[Key] = []
+    holder = Keeper(cluster, SPACE, NAME, "a", metrics, again.append, clock=clock)
     await holder.step()
+    metrics.record("default", "llama", JobStatus())
 
     async def down(*_: object) -> Body:
         raise ClusterError("connection refused")
@@ -160,8 +164,35 @@ async def test_a_renewal_that_does_not_arrive_ends_it_in_time(
     async with asyncio.timeout(10):
         while metrics.registry.get_sample_value("pretrain_operator_leader") != 1:  # noqa: ASYNC110 - set by the task
             await asyncio.sleep(0.001)
+    await until(lambda: again == [("default", "llama")])  # which metrics had to forget meanwhile
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_term_is_a_time_in_which_nobody_else_can_have_led() -> None:
+    cluster, clock = MemoryCluster(), Clock()
+    one, other = keeper(cluster, "a", clock), keeper(cluster, "b", clock)
+    await one.step()
+    first = one.term()
+    for _ in range(3):
+        clock.now += 3
+        await one.step()
+    assert one.term() == first
+    await other.step()
+    clock.now += DURATION_SECONDS
+    await other.step()
+    assert other.leading
+    await one.step()
+    await other.release()
+    await one.step()
+    assert one.leading
+    assert one.term() > first
+    again = one.term()
+    cluster.vanish(Kind.LEASE, NAME, SPACE)  # somebody may have made a new one and led
+    with pytest.raises(ClusterError):
+        await one.step()
+    await one.step()
+    assert one.term() > again
 
 
 async def test_nothing_is_written_without_it() -> None:

@@ -1,5 +1,7 @@
 """Metrics: what is counted once, and what goes with a job or with the Lease."""
 
+from datetime import UTC, datetime
+
 from pretrain_api.status import JobPhase, JobStatus, RestartsStatus
 from pretrain_api.wire import Timeline
 from pretrain_operator.metrics import Metrics
@@ -14,6 +16,22 @@ def recoveries(metrics: Metrics) -> tuple[float, float]:
     values = (metrics.registry.get_sample_value(f"{name}_{each}") for each in ("count", "sum"))
     count, total = values
     return count or 0.0, total or 0.0
+
+
+def test_ends_of_jobs_are_counted_from_nought() -> None:
+    metrics = Metrics()
+
+    def ended() -> dict[str, float | None]:
+        shown = metrics.registry.get_sample_value
+        phases = ("Complete", "Failed")
+        return {each: shown("pretrain_jobs_finished_total", {"phase": each}) for each in phases}
+
+    # There before the first job ends, or `increase` would not see that one.
+    assert ended() == {"Complete": 0, "Failed": 0}
+    over = JobStatus(phase=JobPhase.FAILED, completion_time=datetime(2026, 1, 1, tzinfo=UTC))
+    metrics.count_restarts(JobStatus(phase=JobPhase.RUNNING), over)
+    metrics.count_restarts(over, over)
+    assert ended() == {"Complete": 0, "Failed": 1}
 
 
 def timeline(number: int, trained: float | None, stopped: float | None = 100.0) -> Timeline:
@@ -52,3 +70,7 @@ def test_jobs_are_shown_by_who_leads() -> None:
     assert shown("pretrain_operator_leader") == 0
     assert shown("pretrain_job_restarts_in_place", LABELS) is None
     assert shown("pretrain_jobs", {"phase": "Running"}) == 0
+    assert metrics.lead(False) == set()
+    # Nothing may happen to them any more: who leads again has to look at them.
+    assert metrics.lead(True) == {JOB}
+    assert metrics.lead(True) == set()

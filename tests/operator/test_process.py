@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 
 from pretrain_api import names
-from pretrain_operator import handlers, lease
+from pretrain_operator import handlers, lease, testing
 from pretrain_operator.__main__ import (
     Chores,
     QueueNudge,
@@ -31,7 +31,9 @@ from pretrain_operator.audit import Audit
 from pretrain_operator.cluster import Body, ClusterError, HttpCluster, Kind
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.pages import Pages, serve
+from pretrain_operator.podwatch import PodCache, PodWatch
 from pretrain_operator.queue import WorkQueue
+from pretrain_operator.recall import RecallingCluster
 from pretrain_operator.reconcile import Key, Reconciler
 from pretrain_operator.settings import Settings
 from pretrain_operator.testing import JOB, Bench, MemoryCluster, SilentWorkers
@@ -39,6 +41,7 @@ from pretrain_operator.testing import JOB, Bench, MemoryCluster, SilentWorkers
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SPACED = "/namespaces/{namespace}"
+until = partial(testing.until, seconds=30)
 
 
 class FakeServer:
@@ -172,23 +175,19 @@ async def nothing(*_: object) -> None:
     pass
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - anything may make it true
-            await asyncio.sleep(0.01)
-
-
 async def test_events_become_rounds(bench: Bench, kubeconfig: Path) -> None:
-    metrics, cache = Metrics(), handlers.PodCache()
+    metrics, pods = Metrics(), PodCache()
     cluster = await HttpCluster.connect(str(kubeconfig))
-    reconciler = Reconciler(cluster, SilentWorkers(), cache, Settings(), metrics)
+    jobs = RecallingCluster(cluster, pods, lambda: 0)
+    reconciler = Reconciler(jobs, SilentWorkers(), pods, Settings(), metrics)
     queue: WorkQueue[Key] = WorkQueue(reconciler.reconcile, workers=2, metrics=metrics)
     await wait_for_crd(cluster)
     rounds = asyncio.create_task(queue.run())
+    audit = Audit(partial(list_watched, cluster), cluster.get, pods, queue.add, metrics)
+    nudge = QueueNudge(queue, metrics, audit, jobs)
+    following = asyncio.create_task(PodWatch(cluster, pods, nudge).run())
     await asyncio.sleep(0)
-    audit = Audit(partial(list_watched, cluster), cluster.get, cache, queue.add, metrics)
-    nudge = QueueNudge(queue, metrics, audit)
-    registry = handlers.build_registry(cache, nudge, nothing)
+    registry = handlers.build_registry(nudge, jobs.saw, nothing)
     watching = asyncio.create_task(handlers.run(registry, ()))
     try:
         await bench.submit()
@@ -213,9 +212,10 @@ async def test_events_become_rounds(bench: Bench, kubeconfig: Path) -> None:
         await until(lambda: shown("pretrain_job_workers_ready", labels) is None)
         assert shown("pretrain_operator_reconciles_total", {"result": "error"}) is None
     finally:
-        watching.cancel()
-        rounds.cancel()
-        await asyncio.gather(watching, rounds, return_exceptions=True)
+        tasks = (watching, rounds, following)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await cluster.close()
 
 
@@ -329,17 +329,17 @@ async def test_a_standby_watches_leads_when_it_may_and_hands_over_in_the_end(
 async def test_the_process_ends_with_whatever_it_is_made_of(
     bench: Bench, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = handlers.PodCache()
     fetch = partial(list_watched, bench.cluster)
-    audit = Audit(fetch, bench.cluster.get, cache, lambda _: None, Metrics())
+    audit = Audit(fetch, bench.cluster.get, PodCache(), lambda _: None, Metrics())
     queue: WorkQueue[Key] = WorkQueue(nothing, workers=1, metrics=Metrics())
-    nudge = QueueNudge(queue, Metrics(), audit)
+    jobs = RecallingCluster(bench.cluster, PodCache(), lambda: 0)
+    nudge = QueueNudge(queue, Metrics(), audit, jobs)
 
     async def fail() -> None:
         raise RuntimeError("a fault in the program")
 
     chores = Chores([fail(), queue.run()])
-    registry = handlers.build_registry(cache, nudge, chores.end)
+    registry = handlers.build_registry(nudge, jobs.saw, chores.end)
     with pytest.raises(RuntimeError, match="a fault in the program"):
         await asyncio.wait_for(watch(registry, (), chores), 30)
 

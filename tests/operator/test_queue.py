@@ -12,6 +12,7 @@ from pretrain_operator import queue as queue_module
 from pretrain_operator.cluster import ClusterError
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.queue import WorkQueue
+from pretrain_operator.testing import until
 
 Round = Callable[[str], Awaitable[float | None]]
 
@@ -29,12 +30,6 @@ async def running(reconcile: Round, workers: int = 3) -> AsyncIterator[WorkQueue
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - anything may make it true
-            await asyncio.sleep(0.005)
 
 
 async def test_rounds_of_one_key_never_overlap_and_news_in_a_round_cause_one_more() -> None:

@@ -1,5 +1,7 @@
 """Workers whose kubelet passed over what they were told: their pods are touched until they know."""
 
+import pytest
+
 from pretrain_api import names
 from pretrain_api.wire import Order, Phase, Progress, WorkerStatus
 from pretrain_operator.cluster import Kind
@@ -67,9 +69,10 @@ async def test_one_that_does_not_leave_as_ordered_is_reminded(bench: Bench) -> N
     assert reminded(bench, leaving) is None
 
 
-async def test_a_time_that_somebody_edited_is_no_reminder(bench: Bench) -> None:
+@pytest.mark.parametrize("words", ["yesterday", "2026-01-01", "2026-01-01T00:00:00"])
+async def test_a_time_that_somebody_edited_is_no_reminder(bench: Bench, words: str) -> None:
     leader = await second_generation(bench)
-    edited = {"metadata": {"annotations": {names.ANNOTATION_REMINDED: "yesterday"}}}
+    edited = {"metadata": {"annotations": {names.ANNOTATION_REMINDED: words}}}
     bench.cluster.edit(Kind.POD, leader, edited)
     says(bench, leader, generation=1)
     bench.cluster.advance(5)

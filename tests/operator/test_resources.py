@@ -33,6 +33,7 @@ TEMPLATE: dict[str, Any] = {
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
     "topologySpreadConstraints": [{"topologyKey": "kubernetes.io/hostname"}],
     "priorityClassName": "high",
+    "runtimeClassName": "nvidia",
     "schedulerName": "volcano",
     "terminationGracePeriodSeconds": 300,
     "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "corpus"}}],

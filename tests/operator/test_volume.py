@@ -97,7 +97,7 @@ async def test_a_pod_of_the_same_name_is_not_adopted(bench: Bench) -> None:
     await bench.cluster.create(Kind.POD, "default", alien)
     await bench.submit()
     assert await bench.settle() is not None
-    assert bench.condition(names.RUNNING) == ("False", "WorkersRefused")
+    assert bench.condition(names.RUNNING) == ("False", "NameTaken")
     assert bench.cluster.pod("llama-0-1")["metadata"]["labels"] == {names.LABEL_JOB: JOB}
     bench.cluster.vanish(Kind.POD, "llama-0-1")
     await bench.train()

@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ AT_ONCE = 8  # requests of ours under way
 QPS = 500
 PAGE = "docs/benchmarks.md"
 MARKER = "operator"
+COMPLAINT = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")  # after date and time
+COMPLAINTS = 20  # shown
 
 Body = dict[str, Any]
 
@@ -215,7 +218,10 @@ class Arena:
 
 @contextmanager
 def operator(plane: ControlPlane, folder: Path) -> Iterator[int]:
-    """The operator of this tree, as a process. Yields its process id."""
+    """The operator of this tree, as a process. Yields its process id.
+
+    What it warned of is told in the end: numbers that surprise have their reason there.
+    """
     config = folder / "operator-kubeconfig"
     config.write_text(kubeconfig(plane.url, OPERATOR, plane.authority))
     prefix = "PRETRAIN_OPERATOR_"
@@ -227,7 +233,8 @@ def operator(plane: ControlPlane, folder: Path) -> Iterator[int]:
         f"{prefix}HEALTH_PORT": "0",
         f"{prefix}METRICS_PORT": "0",
     }
-    with (folder / "operator.log").open("wb") as log:
+    told = folder / "operator.log"
+    with told.open("wb") as log:
         argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "pretrain_operator"]
         process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log)
     try:
@@ -235,6 +242,13 @@ def operator(plane: ControlPlane, folder: Path) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
+        for line in complaints(told.read_text()):
+            print(line, file=sys.stderr)
+
+
+def complaints(log: str) -> list[str]:
+    """The first warnings and errors of an operator's log."""
+    return [line for line in log.splitlines() if COMPLAINT.match(line)][:COMPLAINTS]
 
 
 def prepare(client: Client, client_folder: Path) -> None:

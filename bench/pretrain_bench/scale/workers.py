@@ -1,7 +1,8 @@
 """Workers that are not there: one server on the loopback answers for every pod's address.
 
-It says what an agent would: a training world of the generation that the pod was told of, one step
-after another. So the operator asks, and writes progress, as it does with real workers.
+It says what an agent would: a training world of the generation that the pod was told of. So the
+operator asks, and writes progress, as it does with real workers. Steps are long: while requests are
+counted no number changes, as how many of those are written is a matter of time, not of pods.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from pretrain_api import names
 from pretrain_api.wire import Phase, Progress, Timeline, WorkerStatus
 from pretrain_bench.scale.podlog import Life, PodLog
 
-STEP_SECONDS = 10.0
+STEP_SECONDS = 600.0
 STEPS = 1_000_000
 BACKLOG = 4096  # questions that may wait
 

@@ -6,6 +6,7 @@ from pretrain_api.job import PretrainJob
 from pretrain_api.status import JobStatus
 from pretrain_operator.actions import Notice, Plan
 from pretrain_operator.observe import Observation
+from pretrain_operator.report import reported
 
 RECHECK_SECONDS = 15.0  # for what no watch reports: claims, names that are taken
 STARTING_POLL_SECONDS = 1.0
@@ -14,11 +15,13 @@ STARTING_POLL_SECONDS = 1.0
 def ahead(seen: Observation, status: JobStatus, *events: Notice) -> Plan:
     """A plan that is written ahead: whatever relies on it is for the next round.
 
-    So is what changed in the spec, unless this is the end: it counts as observed only then.
+    So is what changed in the spec, unless this is the first decision or the last: it counts as
+    observed only then.
     """
-    if status.completion_time is None:
+    if seen.status.observed_generation is not None and status.completion_time is None:
         observed = {"observed_generation": seen.status.observed_generation}
         status = status.model_copy(update=observed)
+    events = (*reported(seen, status), *events)
     return Plan(status=status, events=events, wake_after=0.0, write_ahead=True)
 
 

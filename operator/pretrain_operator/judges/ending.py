@@ -70,7 +70,7 @@ def _finish(seen: Observation, status: JobStatus, kind: str, reason: str, said: 
     status = mark(seen, status, kind, True, reason, said)
     for other in (names.RUNNING, names.RESTARTING, names.SUSPENDED):
         status = mark(seen, status, other, False, reason, said)
-    status = view(seen, status.model_copy(update={"completion_time": seen.now}), throttle=False)
+    status = view(seen, status.model_copy(update={"completion_time": seen.now}))
     # What still runs is about to go, and nobody writes this status any more.
     workers = status.workers and status.workers.model_copy(update={"active": 0})
     return status.model_copy(update={"workers": workers, "replicas": 0})

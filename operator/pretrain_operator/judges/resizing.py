@@ -50,7 +50,7 @@ def release(seen: Observation) -> Plan | None:
     )
     status = mark(seen, status, names.RUNNING, False, "SchedulingTimeout", said)
     notice = Notice("SchedulingTimeout", said, warning=True)
-    return ahead(seen, view(seen, healed(seen, status), throttle=False), notice)
+    return ahead(seen, view(seen, healed(seen, status)), notice)
 
 
 def resize(seen: Observation) -> Plan | None:
@@ -84,7 +84,7 @@ def _is_placed(seen: Observation, member: Member) -> bool:
 def _pause(seen: Observation, why: str) -> Plan:
     status = ledger.with_order(seen, seen.status, Order.PAUSE, orders.patience(seen))
     notice = Notice("Pausing", f"all workers save and stand still {why}")
-    return ahead(seen, view(seen, status, throttle=False), notice)
+    return ahead(seen, view(seen, status), notice)
 
 
 def _grow(seen: Observation) -> Plan | None:
@@ -135,7 +135,7 @@ def rebuild(seen: Observation, world: World, *, warning: bool = False) -> Plan:
     status = mark(seen, status, names.RUNNING, False, cause.reason, said)
     status = mark(seen, status, names.RESTARTING, True, cause.reason, said)
     notice = Notice(cause.reason, said, warning=warning)
-    return ahead(seen, view(seen, judged(seen, status), throttle=False), notice)
+    return ahead(seen, view(seen, judged(seen, status)), notice)
 
 
 def _still_waits(seen: Observation) -> datetime | None:

@@ -17,7 +17,7 @@ from pretrain_operator.observe import Observation
 from pretrain_operator.policies import deadline, diagnosis, elastic, orders, volume
 from pretrain_operator.policies.diagnosis import Cause
 from pretrain_operator.progress import with_report
-from pretrain_operator.report import unless_said
+from pretrain_operator.report import reported, unless_said
 from pretrain_operator.status import INVALID, healed, judged, mark, view
 
 SUSPENDED = Cause("Suspended", "spec.suspend was set")
@@ -42,9 +42,11 @@ def leave(seen: Observation) -> Plan | None:
 
 def _wait(seen: Observation) -> Plan:
     wakes = [at for at in (orders.until(seen),) if at]
+    status = view(seen, judged(seen, with_report(seen, seen.status)))
     return Plan(
         actions=(*children.retain(seen), *children.announce(seen)),
-        status=view(seen, judged(seen, with_report(seen, seen.status))),
+        status=status,
+        events=reported(seen, status),
         wake_after=min(STARTING_POLL_SECONDS, seconds_until(seen, wakes) or STARTING_POLL_SECONDS),
     )
 
@@ -52,7 +54,7 @@ def _wait(seen: Observation) -> Plan:
 def _drained(seen: Observation) -> Plan:
     """What the leader's last message says goes into the status before its pod goes."""
     status = ledger.without_members(seen, ledger.with_attempt(seen, SUSPENDED))
-    return ahead(seen, view(seen, judged(seen, status), throttle=False))
+    return ahead(seen, view(seen, judged(seen, status)))
 
 
 def _paused(seen: Observation) -> Plan:

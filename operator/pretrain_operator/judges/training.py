@@ -28,7 +28,7 @@ def regroup(seen: Observation) -> Plan | None:
     if cause.echo and not cause.final and present and present.leader is None:
         # One failure ends all agents, but pods end one by one: it stays one attempt, one charge.
         amended = ledger.without_echoes(seen, present, ledger.staying(seen))
-        return ahead(seen, view(seen, amended, throttle=False))
+        return ahead(seen, view(seen, amended))
     spec = job_of(seen).spec
     verdict = restart.decide(cause, seen.status, spec.recovery, seen.now)
     if isinstance(verdict, GiveUp):
@@ -51,7 +51,7 @@ def regroup(seen: Observation) -> Plan | None:
     status = mark(seen, status, names.RUNNING, False, cause.reason, said)
     status = mark(seen, status, names.RESTARTING, True, cause.reason, said)
     notice = Notice("Restarted", f"{cause.reason}: {said}", warning=cause.charged)
-    return ahead(seen, view(seen, healed(seen, status), throttle=False), notice)
+    return ahead(seen, view(seen, healed(seen, status)), notice)
 
 
 def begin(seen: Observation) -> Plan | None:
@@ -71,19 +71,20 @@ def begin(seen: Observation) -> Plan | None:
     )
     status = mark(seen, status, names.SUSPENDED, False, "Resumed", said)
     status = mark(seen, status, names.RUNNING, False, "WorkersStarting", said)
-    return ahead(seen, view(seen, healed(seen, status), throttle=False), notice, *_warnings(seen))
+    return ahead(seen, view(seen, healed(seen, status)), notice, *_warnings(seen))
 
 
 def _warnings(seen: Observation) -> tuple[Notice, ...]:
     """What is worth saying before pods are there, but is no reason not to have them."""
     job = job_of(seen)
     workers = job.spec.workers
-    found = too_large(
+    large = too_large(
         job.run_config(),
         workers.replicas * workers.processes_per_worker,
         workers.pod_template.node_selector,
     )
-    return (Notice("MayRunOutOfMemory", found, warning=True),) if found else ()
+    found = {"MayRunOutOfMemory": large, "GpusIdle": workers.idle_gpus}
+    return tuple(Notice(reason, said, warning=True) for reason, said in found.items() if said)
 
 
 def _stay_away(seen: Observation, until: datetime) -> Plan:
@@ -104,9 +105,8 @@ def meet(seen: Observation) -> Plan | None:
     present = [pod for pod in pods if pod and pod.alive and pod.ip]
     if len(present) < len(pods):
         return None
-    status = ledger.with_meeting(seen, assignment, present)
-    said = f"generation {assignment.generation}: {len(present)} workers meet at {present[0].name}"
-    return ahead(seen, status, Notice("WorkersReady", said))
+    status = view(seen, ledger.with_meeting(seen, assignment, present))
+    return ahead(seen, status)
 
 
 def converge(seen: Observation) -> Plan:

@@ -57,8 +57,9 @@ def _foreign(seen: Observation, volume: CheckpointVolume, claim: Claim) -> Obsta
     if volume.claim_template is None or claim.job_uid == seen.uid:
         return None
     message = (
-        f"claim {claim.name} was left by an earlier job of this name or by somebody else; to go on "
-        f"from it set volumes.checkpoint.claimName in a new job, otherwise delete the claim"
+        f"claim {claim.name} was left by an earlier job of this name or by somebody else; delete "
+        f"it, or name it with volumes.checkpoint.claimName in a job with a checkpoint.folder of "
+        f"its own, which may start from what is there by checkpoint.initialLoadPath"
     )
     return Obstacle("ClaimTaken", message)
 

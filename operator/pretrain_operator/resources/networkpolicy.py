@@ -1,7 +1,8 @@
 """One network policy per job: its workers reach each other, others only the status port.
 
 Ranks listen on ports they choose themselves, and neither the store nor the collectives know who is
-calling. Whether a policy is enforced depends on the network plug-in; behind it stands the nonce.
+calling. Whether a policy is enforced depends on the network plug-in; behind it, at the meeting
+point alone, stands the nonce.
 """
 
 from collections.abc import Sequence

@@ -233,6 +233,7 @@ def _scheduling(job: PretrainJob) -> Body:
         "affinity": _plain_one(template.affinity) if template.affinity else {},
         "topologySpreadConstraints": _spread(job),
         "priorityClassName": template.priority_class_name,
+        "runtimeClassName": template.runtime_class_name,
         "schedulerName": template.scheduler_name,
         "imagePullSecrets": _plain(template.image_pull_secrets),
     }
