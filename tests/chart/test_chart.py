@@ -1,5 +1,7 @@
 """The chart over many values: valid objects, no right too many, and typos refused."""
 
+import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from pretrain_api import names
+from pretrain_api.job import PretrainJob
 from pretrain_operator import smoketest
 from pretrain_operator.cluster import Kind
 from pretrain_operator.settings import load
@@ -38,6 +41,10 @@ VALUES: dict[str, dict[str, Any]] = {
         "replicas": 2,
         "podAnnotations": {"example.com/a": "b"},
         "podLabels": {"team": "a"},
+        "extraEnv": [
+            {"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"},
+            {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "token"}}},
+        ],
     },
     "own class": {"priorityClass": {"create": True, "value": 2000}, "crds": {"enabled": False}},
     "plain": {
@@ -157,6 +164,22 @@ def test_the_smoke_test_may_train_where_jobs_are_served_and_nothing_else(
     [ours], [theirs] = pod["spec"]["containers"], deployment["containers"]
     assert ours["securityContext"] == theirs["securityContext"]
     assert (ours["image"], ours["command"][-1]) == (theirs["image"], smoketest.__name__)
+
+
+def pod_template(objects: Objects) -> dict[str, Any] | None:
+    """What the smoke test is told about its worker's pod."""
+    [container] = of_kind([o for o in objects if is_hook(o)], "Pod")["spec"]["containers"]
+    found = [word for word in container["args"] if word.startswith("--pod-template=")]
+    return json.loads(found[0].partition("=")[2]) if found else None
+
+
+def test_the_smoke_tests_worker_gets_what_the_operators_pods_need(render: Render) -> None:
+    assert pod_template(render()) is None
+    mirror, placed = VALUES["foreign registry"], VALUES["placed"]
+    assert pod_template(render(mirror)) == {"imagePullSecrets": mirror["imagePullSecrets"]}
+    told = pod_template(render(placed))
+    assert told == {key: placed[key] for key in ("nodeSelector", "tolerations")}
+    PretrainJob.model_validate(smoketest.build_job("smoke", "team", told))
 
 
 def is_hook(each: dict[str, Any]) -> bool:
@@ -286,8 +309,27 @@ def test_the_operator_reads_every_setting_the_chart_writes(
 ) -> None:
     settings = load(environment(of_kind(render(values), "Deployment")))
     assert list(settings.namespaces) == values.get("watchNamespaces", [])
-    assert list(settings.worker_peers) == values.get("workerPeers", [])
     assert settings.log_format == values.get("log", {}).get("format", "json")
+
+
+def test_the_operator_is_a_peer_wherever_others_are_named(render: Render) -> None:
+    assert load(environment(of_kind(render(), "Deployment"))).worker_peers == ()
+    named = VALUES["plain"]["workerPeers"]
+    deployment = of_kind(render({"workerPeers": named}), "Deployment")
+    *others, own = load(environment(deployment)).worker_peers
+    assert others == named
+    space = {"kubernetes.io/metadata.name": deployment["metadata"]["namespace"]}
+    assert own == {
+        "namespaceSelector": {"matchLabels": space},
+        "podSelector": deployment["spec"]["selector"],
+    }
+
+
+def test_variables_of_the_values_are_added_to_the_charts(render: Render) -> None:
+    [plain] = of_kind(render(), "Deployment")["spec"]["template"]["spec"]["containers"]
+    placed = VALUES["placed"]
+    [more] = of_kind(render(placed), "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert more["env"] == plain["env"] + placed["extraEnv"]
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -316,6 +358,12 @@ def test_the_definition_is_the_generated_one(render: Render, repository: Path) -
         ({"image": {"digest": "sha256:short"}}, "digest"),
         ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
         ({"ports": {"health": 80}}, "health"),
+        ({"ports": {"health": 9090}}, "both 9090; each needs a port of its own"),
+        ({"image": {"registry": "a.example/b/"}}, "image.registry ends with a slash"),
+        ({"trainerImage": {"registry": "b/"}}, "trainerImage.registry ends with a slash"),
+        ({"extraEnv": [{"value": "x"}]}, "extraEnv"),
+        ({"extraEnv": [{"name": "POD_UID", "value": "x"}]}, "the chart sets POD_UID itself"),
+        ({"extraEnv": [{"name": "PRETRAIN_OPERATOR_RECONCILERS"}]}, "RECONCILERS itself"),
         ({"log": {"format": "xml"}}, "format"),
         ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
         ({"priorityClass": {"value": 2_000_000_000}}, "value"),
@@ -330,3 +378,47 @@ def test_a_mistake_in_the_values_is_refused(
     outcome = template(values)
     assert outcome.returncode != 0
     assert word in outcome.stderr
+
+
+@pytest.fixture(scope="module")
+def notes(helm: str, chart: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What an installation with the given values says; no cluster is asked."""
+    copy = tmp_path_factory.mktemp("notes") / chart.name
+    shutil.copytree(chart, copy)
+    (copy / "templates" / "NOTES.txt").rename(copy / "files" / "NOTES.txt")
+    told = copy / "templates" / "notes.yaml"
+    told.write_text('notes: {{ tpl (.Files.Get "files/NOTES.txt") . | toJson }}\n')
+
+    def said(values: dict[str, Any]) -> str:
+        done = subprocess.run(
+            [helm, "template", "pretrain-operator", copy, "--kube-version=1.34.0",
+             "--show-only=templates/notes.yaml", "--values=-"],
+            input=yaml.safe_dump(values), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return " ".join(yaml.safe_load(done.stdout)["notes"].split())
+
+    return said
+
+
+@pytest.mark.parametrize(
+    ("values", "empty"),
+    [
+        ({}, "image.registry and trainerImage.registry"),
+        ({"image": {"registry": "a.example"}}, "trainerImage.registry"),
+        ({"image": {"repository": "a.example/b"}, "trainerImage": {"registry": "b"}}, ""),
+    ],
+)
+def test_images_that_nobody_has_published_are_warned_of(
+    notes: Callable[..., str], values: dict[str, Any], empty: str
+) -> None:
+    said = notes(values)
+    assert ("WARNING" in said) is bool(empty)
+    assert f"nothing is set for {empty}." in said or not empty
+
+
+def test_what_deletes_every_job_says_so(notes: Callable[..., str]) -> None:
+    before, command, _ = notes({}).partition("kubectl delete crd")
+    assert command
+    assert "every job in every namespace" in before
+    assert "kubectl delete crd" not in notes({"crds": {"keep": False}})

@@ -15,15 +15,13 @@ from pretrain_devcluster.layout import Layout
 pytestmark = pytest.mark.cluster  # needs kubectl and helm, which are built with the cluster's tools
 
 Objects = list[dict[str, Any]]
-OVERLAYS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "overlays/namespaced": {"watchNamespaces": ["training"]},
-    "overlays/standby": {"replicas": 2},
-    "overlays/monitoring": {
-        "podMonitor": {"enabled": True},
-        "prometheusRule": {"enabled": True},
-    },
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "monitoring": {"podMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}},
+    "standby": {"replicas": 2},
+    "namespaced": {"watchNamespaces": ["training"]},
 }
+FOLDERS = {"base": {}} | {f"overlays/{name}": values for name, values in COMPONENTS.items()}
+COMBINED = [("monitoring", "standby"), ("standby", "namespaced"), tuple(COMPONENTS)]
 RELEASE_ONLY = {  # labels by which Helm knows its own
     "app.kubernetes.io/instance",
     "app.kubernetes.io/version",
@@ -34,7 +32,7 @@ RELEASE_ONLY = {  # labels by which Helm knows its own
 
 @pytest.fixture(scope="module")
 def build(helm: str, repository: Path) -> Callable[[str], Objects]:
-    """`kubectl kustomize` of a folder of manifests/."""
+    """`kubectl kustomize` of a folder, seen from manifests/."""
     assert helm  # the same tools bring kubectl
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Layout.default().path)])
     kubectl = shutil.which("kubectl", path=path)
@@ -74,11 +72,8 @@ def by_identity(objects: Objects) -> dict[tuple[str, str, str], dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("folder", OVERLAYS)
-def test_it_is_what_the_chart_renders(
-    build: Callable[[str], Objects], render: Callable[..., Objects], folder: str
-) -> None:
-    built, rendered = by_identity(build(folder)), by_identity(render(OVERLAYS[folder]))
+def assert_same(of_kustomize: Objects, of_the_chart: Objects) -> None:
+    built, rendered = by_identity(of_kustomize), by_identity(of_the_chart)
     namespace = built.pop(("Namespace", "", "pretrain-system"))
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     tests = {key for key in rendered if key[2].endswith("-test")}
@@ -93,6 +88,33 @@ def test_it_is_what_the_chart_renders(
         assert found == expected, key
 
 
-def test_every_overlay_is_compared(repository: Path) -> None:
-    folders = {f"overlays/{p.name}" for p in (repository / "manifests" / "overlays").iterdir()}
-    assert folders == OVERLAYS.keys() - {"base"}
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_it_is_what_the_chart_renders(
+    build: Callable[[str], Objects], render: Callable[..., Objects], folder: str
+) -> None:
+    assert_same(build(folder), render(FOLDERS[folder]))
+
+
+@pytest.mark.parametrize("parts", COMBINED, ids="+".join)
+def test_components_combine(
+    build: Callable[[str], Objects],
+    render: Callable[..., Objects],
+    repository: Path,
+    tmp_path: Path,
+    parts: tuple[str, ...],
+) -> None:
+    # Kustomize takes no absolute path.
+    manifests = Path(os.path.relpath((repository / "manifests").resolve(), tmp_path.resolve()))
+    overlay = {
+        "resources": [str(manifests / "base")],
+        "components": [str(manifests / "components" / part) for part in parts],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    values = {key: value for part in parts for key, value in COMPONENTS[part].items()}
+    assert_same(build(str(tmp_path)), render(values))
+
+
+@pytest.mark.parametrize("kind", ["overlays", "components"])
+def test_every_folder_is_compared(repository: Path, kind: str) -> None:
+    folders = {path.name for path in (repository / "manifests" / kind).iterdir()}
+    assert folders == COMPONENTS.keys()

@@ -22,6 +22,7 @@ from pretrain_operator.testing import job_body
 pytestmark = pytest.mark.cluster  # needs helm, which is built with the cluster's tools
 
 Render = Callable[..., list[dict[str, Any]]]
+NAME = "pretrain-operator"
 ON = {
     "podMonitor": {"enabled": True, "labels": {"release": "kube-prometheus"}, "interval": "30s"},
     "prometheusRule": {"enabled": True, "labels": {"release": "kube-prometheus"}},
@@ -100,9 +101,16 @@ def rules(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_rule_carries_the_file_that_promtool_checks(render: Render, chart: Path) -> None:
-    rule = named(render(ON), "PrometheusRule", "pretrain-operator")
-    assert rule["spec"] == yaml.safe_load((chart / "files" / "alerts.yaml").read_text())
-    assert rule["metadata"]["labels"]["release"] == "kube-prometheus"
+    alone = named(render({"prometheusRule": ON["prometheusRule"]}), "PrometheusRule", NAME)
+    assert alone["spec"] == yaml.safe_load((chart / "files" / "alerts.yaml").read_text())
+    assert alone["metadata"]["labels"]["release"] == "kube-prometheus"
+    # With a monitor of its own a release knows how its operators are labelled.
+    [absent, *others] = rules(named(render(ON), "PrometheusRule", NAME)["spec"])
+    assert others == rules(alone["spec"])[1:]
+    assert absent["alert"] == "PretrainOperatorAbsent"
+    assert 'leader{job="pretrain-system/pretrain-operator"} == 1' in absent["expr"]
+    renamed = rules(named(render(ON | {"fullnameOverride": "x"}), "PrometheusRule", "x")["spec"])
+    assert absent["expr"].replace(f"/{NAME}", "/x") == renamed[0]["expr"]
 
 
 def test_promtool_finds_no_mistake_in_the_alerts(promtool: str, chart: Path) -> None:
@@ -110,6 +118,19 @@ def test_promtool_finds_no_mistake_in_the_alerts(promtool: str, chart: Path) -> 
         [promtool, "check", "rules", chart / "files" / "alerts.yaml"],
         capture_output=True, text=True,
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def play(promtool: str, stories: Path, alerts: list[dict[str, Any]], folder: Path) -> None:
+    """Have promtool play a file of stories against alerts."""
+    # promtool compares annotations too; what these say is not what is tested here.
+    bare = [{key: rule[key] for key in rule if key != "annotations"} for rule in alerts]
+    groups = {"groups": [{"name": "all", "rules": bare}]}
+    (folder / "alerts.yaml").write_text(yaml.safe_dump(groups))
+    shutil.copy(stories, folder)
+    done = subprocess.run(
+        [promtool, "test", "rules", folder / stories.name], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -121,17 +142,14 @@ def test_every_alert_fires_when_it_should_and_only_then(
     told = {case["alertname"] for story in expected for case in story["alert_rule_test"]}
     alerts = rules(yaml.safe_load((chart / "files" / "alerts.yaml").read_text()))
     assert told == {rule["alert"] for rule in alerts}
-    # promtool compares annotations too; what these say is not what is tested here.
-    for rule in alerts:
-        del rule["annotations"]
-    (tmp_path / "alerts.yaml").write_text(
-        yaml.safe_dump({"groups": [{"name": "all", "rules": alerts}]})
-    )
-    shutil.copy(stories, tmp_path)
-    done = subprocess.run(
-        [promtool, "test", "rules", tmp_path / stories.name], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    play(promtool, stories, alerts, tmp_path)
+
+
+def test_the_operator_of_another_release_hides_nothing(
+    promtool: str, render: Render, repository: Path, tmp_path: Path
+) -> None:
+    alerts = rules(named(render(ON), "PrometheusRule", NAME)["spec"])
+    play(promtool, repository / "tests" / "chart" / "releases_test.yaml", alerts, tmp_path)
 
 
 def test_every_alert_says_what_to_do(chart: Path, repository: Path) -> None:

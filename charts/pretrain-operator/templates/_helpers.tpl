@@ -33,6 +33,15 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* The operator's pods as a peer of a NetworkPolicy. */}}
+{{- define "pretrain-operator.peer" -}}
+namespaceSelector:
+  matchLabels:
+    kubernetes.io/metadata.name: {{ .Release.Namespace }}
+podSelector:
+  matchLabels: {{- include "pretrain-operator.selectorLabels" . | nindent 4 }}
+{{- end -}}
+
 {{- define "pretrain-operator.labels" -}}
 {{ include "pretrain-operator.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -40,8 +49,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
-{{/* Full reference of an image: [registry/]repository(@digest | :tag). Takes (dict image, default tag). */}}
+{{/* Full reference of an image: [registry/]repository(@digest | :tag). Takes (dict key, image, default tag). */}}
 {{- define "pretrain-operator.image" -}}
+{{- if hasSuffix "/" .image.registry -}}
+{{- fail (printf "%s.registry ends with a slash, which is added; remove it" .key) -}}
+{{- end -}}
 {{- with .image.registry }}{{ . }}/{{ end -}}
 {{- .image.repository -}}
 {{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ default .tag .image.tag }}{{ end -}}
