@@ -74,10 +74,12 @@ ENTRYPOINT ["python", "-m", "pretrain_operator"]
 
 FROM base AS trainer
 # torch.compile calls a C++ compiler and Triton a C compiler, with Python's headers, at run time.
+# NCCL opens libibverbs and its drivers if they are there, and falls back to TCP in silence if not.
 RUN apt-get update -qq && \
     headers=$(python3 -c 'import os, sysconfig; print(os.path.join(sysconfig.get_path("include"), "Python.h"))') && \
     if [ -e "$headers" ]; then dev=; else dev=python3-dev; fi && \
-    apt-get install -y -qq --no-install-recommends g++ libc6-dev $dev && \
+    apt-get install -y -qq --no-install-recommends g++ libc6-dev $dev \
+        libibverbs1 ibverbs-providers librdmacm1 && \
     rm -rf /var/lib/apt/lists/*
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 COPY --from=requirements /requirements/torch.txt /opt/pretrain/requirements/

@@ -31,7 +31,7 @@ unit: setup ## The tests that need no cluster (T=path picks some)
 test-crash-points: setup ## The operator killed after every write of every workflow, as a table (about 20 minutes)
 	@PRETRAIN_TEST_CRASH_POINTS=all $(BIN)/python -m pytest tests/apiserver/test_crash_points.py
 
-test-matrix: setup ## Every layout against one process: numbers, resume, each other's checkpoints (about 15 minutes)
+test-matrix: setup ## Every layout against one process: numbers, resume, each other's checkpoints (half an hour or more)
 	@PRETRAIN_TEST_MATRIX=all $(BIN)/python -m pytest tests/trainer/core/test_matrix.py $(ARGS)
 
 lint: setup ## Style, types, layers, generated files: what must be clean before a test is worth running

@@ -36,6 +36,16 @@ class Snapshot:
             return self
         return replace(self, leader=leader) if leader.generation == self.generation else self
 
+    def after(self, before: Self | None) -> Self:
+        """The same, with what the leader said before if it is silent and the status is older.
+
+        At the end of training the leader is gone some seconds before the status has its last words.
+        """
+        said = before.leader if before and not self.leader else None
+        if said is None or said.generation != self.generation or said.progress.step <= self.step:
+            return self
+        return replace(self, leader=said)
+
     @property
     def phase(self) -> str:
         """One word, Pending before the operator saw the job."""

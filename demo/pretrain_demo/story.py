@@ -89,7 +89,8 @@ def watch(
 ) -> Snapshot:
     """Show the job until a condition holds. Raises DemoError if it fails, or takes for ever."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not until(job := read(target)):
+    job = None
+    while not until(job := read(target).after(job)):
         console.live(job.line())
         if job.holds(names.FAILED):
             raise DemoError(f"the job failed, {job.reason(names.FAILED)}")

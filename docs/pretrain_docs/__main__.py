@@ -12,7 +12,7 @@ from pretrain_docs import alerts, chart, reference
 ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = ROOT / "manifests" / "base" / "crds" / "pretrain.dev_pretrainjobs.yaml"
 CHART = ROOT / "charts" / "pretrain-operator"
-MONITORING = ROOT / "manifests" / "overlays" / "monitoring"
+MONITORING = ROOT / "manifests" / "components" / "monitoring"
 
 
 def pages() -> dict[Path, str]:

@@ -1,4 +1,8 @@
-"""The alerts as an object of the Prometheus operator, for those who install without Helm."""
+"""The alerts as an object of the Prometheus operator, for those who install without Helm.
+
+As the chart renders them: what its own monitor scrapes has the monitor's name as the label ``job``,
+so that an operator of another release hides nothing.
+"""
 
 from textwrap import indent
 
@@ -13,8 +17,14 @@ metadata:
     app.kubernetes.io/name: pretrain-operator
 spec:
 """
+ANY = "absent(pretrain_operator_leader == 1)"
+MONITOR = "pretrain-system/pretrain-operator"
+OWN = (
+    f'label_replace(absent(pretrain_operator_leader{{job="{MONITOR}"}} == 1), '
+    f'"job", "{MONITOR}", "", "")'
+)
 
 
 def render(alerts: str) -> str:
     """The PrometheusRule for the text of a rule file."""
-    return HEADER + indent(alerts, "  ")
+    return HEADER + indent(alerts.replace(ANY, OWN), "  ")

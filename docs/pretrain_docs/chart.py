@@ -18,7 +18,7 @@ Helm chart of the operator that trains large language models from PretrainJob re
 helm upgrade --install pretrain-operator charts/pretrain-operator \\
   --namespace pretrain-system --create-namespace \\
   --set image.registry=$REGISTRY --set trainerImage.registry=$REGISTRY
-helm test pretrain-operator --namespace pretrain-system    # trains a tiny job
+helm test pretrain-operator --namespace pretrain-system --timeout 15m    # trains a tiny job
 ```
 
 The definition of PretrainJob is one of the chart's templates: an upgrade of the release upgrades

@@ -19,6 +19,8 @@ def test_ranks_that_hang_are_found_and_slow_ones_left_alone(world: Any) -> None:
         {"rank": 1, "step": 20, "phase": Phase.DATA, **slow},
         {"rank": 1, "step": 40, "phase": Phase.SAVE, **slow},
         {"rank": 1, "step": 60, "do": "hang", "once": True},
+        # It hangs where the other waits for it, so only who came there first tells them apart.
+        {"rank": 0, "step": 60, "phase": Phase.DATA, **slow},
     ]
     world.configure(steps=10**6, save_every=40, faults=faults)
     a, b = (world.start(name).warm() for name in "ab")

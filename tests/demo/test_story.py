@@ -80,6 +80,16 @@ def test_the_leader_knows_better_than_the_status() -> None:
         assert job.heard(answer).step == 40
 
 
+def test_the_line_does_not_go_back_when_the_leader_falls_silent() -> None:
+    status = '{"status": {"assignment": {"generation": %d}, "progress": {"step": %d}}}'
+    fresh = '{"generation": 2, "progress": {"step": 95, "steps": 100}}'
+    heard = Snapshot.parse(status % (2, 80)).heard(fresh)
+    assert Snapshot.parse(status % (2, 85)).after(heard).step == 95
+    assert Snapshot.parse(status % (2, 100)).after(heard).step == 100
+    assert Snapshot.parse(status % (3, 80)).after(heard).step == 80  # resumed, some steps back
+    assert Snapshot.parse(status % (2, 85)).after(None).step == 85
+
+
 def test_a_log_gets_each_line_once() -> None:
     out = io.StringIO()
     console = Console(out)
