@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from pretrain_api.wire import (
     Failure,
     HangDeadlines,
     Order,
+    Phase,
     TerminationMessage,
     WorkerStatus,
 )
@@ -73,17 +75,21 @@ class Worker:
     boards: set[Path | None] = field(default_factory=set)  # what a killed supervisor leaves behind
 
     def status(self) -> WorkerStatus:
-        """What it answers, as soon as it does: on a busy machine that may take several attempts."""
-        return until(self._ask, f"a status of {self.name}\n{self.log()}")
+        """How it says it is."""
+        return WorkerStatus.model_validate_json(self.answer("/status"))
 
-    def _ask(self) -> WorkerStatus | None:
-        try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.http_port}/status", timeout=5
-            ) as answer:
-                return WorkerStatus.model_validate_json(answer.read())
-        except OSError:
-            return None
+    def answer(self, path: str) -> bytes:
+        """What it answers, as soon as it does: on a busy machine that may take several attempts."""
+        url = f"http://127.0.0.1:{self.http_port}{path}"
+
+        def ask() -> bytes | None:
+            try:
+                with urllib.request.urlopen(url, timeout=5) as answer:
+                    return answer.read()
+            except OSError:
+                return None
+
+        return until(ask, f"{self.name} to answer {path}\n{self.log()}")
 
     def tree(self) -> list[process.Process]:
         found = process.descendants(self.process.pid)
@@ -105,6 +111,15 @@ class Worker:
         """Wait until the launcher is ready to start ranks."""
         until(lambda: self.status().warm, f"{self.name} to be warm\n{self.log()}")
         return self
+
+    def stepping(self) -> WorkerStatus:
+        """Its status once its ranks are beyond the first step of their round."""
+
+        def stepping() -> WorkerStatus | None:
+            said = self.status()
+            return said if said.phase is Phase.STEP else None
+
+        return until(stepping, f"{self.name} to be beyond a first step\n{self.log()}")
 
     def wait(self) -> tuple[int, TerminationMessage]:
         """Exit code and termination message, once it has ended."""
@@ -261,12 +276,11 @@ def replace(path: Path, text: str) -> None:
 class World:
     """Workers of one job that share a toy state folder. Its generations count from 1."""
 
-    def __init__(self, folder: Path, fleet: Fleet) -> None:
+    def __init__(self, state: Path, fleet: Fleet) -> None:
         self.fleet = fleet
         self.base = fleet.generation  # the newest generation of earlier tests
         self.output = fleet.output
-        self.state = folder / "state"
-        self.state.mkdir()
+        self.state = state
         self.workers: dict[str, Worker] = {}
         self.configure(steps=10)
 
@@ -363,9 +377,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.fixture
-def world(tmp_path: Path, fleet: Fleet) -> Iterator[World]:
-    created = World(tmp_path, fleet)
-    try:
-        yield created
-    finally:
-        fleet.give_back(created.workers.values())
+def world(fleet: Fleet) -> Iterator[World]:
+    # In memory: a step that waits for a busy disk is a rank that hangs.
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pretrain-toy-") as state:
+        created = World(Path(state), fleet)
+        try:
+            yield created
+        finally:
+            fleet.give_back(created.workers.values())

@@ -1,11 +1,13 @@
 """What a worker says about its end: causes, exit codes, the termination message."""
 
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-from pretrain_agent import cgroup, rank, termination
+from pretrain_agent import agent, cgroup, rank, termination
 from pretrain_agent.failures import (
     TAIL_BYTES,
     blame,
@@ -211,3 +213,38 @@ def test_kills_for_memory_are_counted_in_either_version_of_cgroups(
 def test_without_a_counter_nothing_was_killed(tmp_path: Path) -> None:
     assert cgroup.oom_kills(tmp_path) == 0
     assert cgroup.oom_kills() >= 0
+
+
+class Ending:
+    """A rank's process that was about to end with ``code``; None: it ran, and is killed."""
+
+    def __init__(self, code: int | None) -> None:
+        self._code = -signal.SIGKILL if code is None else code
+        self.exitcode: int | None = None
+
+    def kill(self) -> None: ...
+
+    def join(self, timeout: float) -> None:
+        self.exitcode = self._code
+
+
+@pytest.mark.parametrize(
+    ("codes", "kept"),
+    [
+        ([None, 78], {1: 78}),
+        ([-signal.SIGSEGV, None], {0: -signal.SIGSEGV}),
+        ([None, None], {}),
+        ([0, ExitCode.PREEMPTED], {}),  # no failures
+    ],
+)
+def test_a_rank_that_ended_by_itself_keeps_its_code_though_it_was_to_be_stopped(
+    monkeypatch: pytest.MonkeyPatch, codes: list[int | None], kept: dict[int, int]
+) -> None:
+    """Its peers lost it, left their round, and have it stopped before its exit is seen."""
+    monkeypatch.setattr(agent.LocalElasticAgent, "_stop_workers", lambda *_: None)
+    stopping = agent.Agent.__new__(agent.Agent)
+    processes = [Ending(code) for code in codes]
+    monkeypatch.setattr(stopping, "_processes", lambda: processes)
+    stopping._rendezvous_with_exits = SimpleNamespace(exits={})
+    stopping._stop_workers(SimpleNamespace())
+    assert stopping._rendezvous_with_exits.exits == kept

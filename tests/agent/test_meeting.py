@@ -1,5 +1,6 @@
 """The meeting and its members as pure state machines, alone and in a simulated, lossy world."""
 
+import itertools
 import random
 from collections import deque
 
@@ -422,6 +423,29 @@ class Simulation:
         for _ in range(50 * len(self.members)):
             for rank in range(len(self.members)):
                 self.deliver(rank)
+
+
+def test_who_missed_a_start_is_told_that_the_round_is_over() -> None:
+    """Its connection was broken meanwhile; the others have failed in that round and left it."""
+    world = Simulation(3, 0)
+    turns = itertools.cycle(range(3))
+    while world.meeting.round < 0:
+        world.deliver(next(turns))
+    assert Go in map(type, world.down[2])
+    world.down[2].clear()  # never arrives
+    for _ in range(9):
+        world.deliver(0)
+        world.deliver(1)
+    world.carry_out(1, world.members[1].stopped(1, KILLED, False))
+    for _ in range(9):
+        world.deliver(0)
+        world.deliver(1)
+    assert world.members[0].state is State.STOPPED
+    world.reconnect(2)
+    for _ in range(60):
+        for rank in range(3):
+            world.deliver(rank)
+    assert {(member.state, member.round) for member in world.members} == {(State.RUNNING, 1)}
 
 
 @pytest.mark.parametrize("seed", range(60))

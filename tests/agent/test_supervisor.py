@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 from pretrain_agent import launching, process
 from pretrain_agent.hang import Hung
-from pretrain_agent.link import Regroup, Start, Stopped
+from pretrain_agent.link import Finished, Regroup, Start, Stopped
 from pretrain_agent.meeting import Go, Join, Over
 from pretrain_agent.member import State
 from pretrain_agent.settings import Settings
@@ -341,6 +343,133 @@ def test_a_launcher_that_does_not_stop_its_ranks_is_killed(
     assert failure is not None
     assert (failure.reason, failure.signal) == ("Launcher", None)
     assert "did not stop its ranks within 0 s" in failure.message
+
+
+@pytest.mark.parametrize("who", ["leader", "operator"])
+def test_ranks_that_have_stopped_are_not_stopped_again(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """Nobody would say that they have: the launcher would be killed for it in the next round."""
+    logs_are_read = threading.Event()
+    monkeypatch.setattr(supervisor.pump, "flush", lambda: logs_are_read.wait(20))
+
+    async def scenario() -> None:
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.status().generation == 1)
+        supervisor.member.state, supervisor.member.round = State.RUNNING, 0
+        stopping = asyncio.create_task(supervisor._hear_launcher(Stopped(exits={0: 1})))
+        await asyncio.sleep(0)
+        if who == "leader":  # another worker was faster
+            supervisor._hear_leader(Over(round=0))
+        else:
+            assign(supervisor, 2, rank=0)
+            await until(lambda: supervisor.status().generation == 2)
+        logs_are_read.set()
+        await stopping
+        assert supervisor.member.state is State.STOPPED
+        assert supervisor.launcher._regrouping is None
+
+    assert asyncio.run(while_running(supervisor, scenario)) == 143
+
+
+def running(supervisor: Supervisor, phase: Phase, step: int) -> None:
+    """Its ranks run in round 0 of the generation it was assigned."""
+    supervisor.member.state, supervisor.member.round = State.RUNNING, 0
+    supervisor.member._started_in = supervisor.status().generation
+    supervisor.board.publish(0, phase, step)
+
+
+@pytest.mark.parametrize("code", [1, -signal.SIGABRT])
+def test_ranks_that_fail_after_they_are_done_have_trained_to_the_end(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Taking process groups down may fail; restarted, they would find nothing to train."""
+    monkeypatch.setattr("pretrain_agent.supervisor.BARRIER_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.status().generation == 1)
+        running(supervisor, Phase.DONE, 100)
+        await supervisor._hear_launcher(Stopped(exits={0: code}))
+        assert supervisor.member.state is State.FINISHED
+        assert supervisor._outcome is not None
+        await until(supervisor._outcome.done)
+
+    assert asyncio.run(while_running(supervisor, scenario)) == 0
+    assert message(supervisor).result is Result.COMPLETE
+
+
+@pytest.mark.parametrize("how", ["grace", "again", "stop"])
+def test_who_has_trained_to_the_end_is_not_preempted(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async def scenario() -> None:
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.status().generation == 1)
+        running(supervisor, Phase.SAVE, 100)
+        assert supervisor._outcome is not None
+        if how == "stop":
+            supervisor.board.publish(0, Phase.DONE, 100)
+            assign(supervisor, 1, rank=0, orders=Order.STOP)
+        else:
+            signal.raise_signal(signal.SIGTERM)
+            await until(lambda: supervisor.orders.terminating)
+            supervisor.board.publish(0, Phase.DONE, 100)
+            await supervisor._hear_launcher(Finished())  # and waits for the others
+            if how == "again":
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                monkeypatch.setattr(supervisor.orders, "overdue", lambda _: True)
+        await until(supervisor._outcome.done)
+
+    assert asyncio.run(while_running(supervisor, scenario)) == 0
+    said = message(supervisor)
+    assert (said.result, said.failure) == (Result.COMPLETE, None)
+
+
+def test_a_rank_that_hangs_in_the_kernel_is_blamed_and_not_the_launcher(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = subprocess.Popen(["sleep", "300"])
+    monkeypatch.setattr(supervisor.launcher, "_process", launcher)
+    hung = Failure(rank=0, exit_code=1, reason="Hung", message="no sign of life for 61 s")
+
+    async def scenario() -> None:
+        assign(supervisor, 1, rank=0)
+        await until(lambda: supervisor.status().generation == 1)
+        running(supervisor, Phase.STEP, 7)
+        supervisor._hung = hung
+        supervisor._say([Regroup()])
+        monkeypatch.setattr(launching, "REGROUP_SECONDS", 0.0)
+        monkeypatch.setattr(launching, "REGROUP_STARTING_SECONDS", 0.0)
+        assert supervisor._outcome is not None
+        await until(lambda: launcher.poll() is not None)
+        monkeypatch.setattr(process, "reap", lambda: {launcher.pid: -signal.SIGKILL})
+        signal.raise_signal(signal.SIGCHLD)
+        await until(supervisor._outcome.done)
+
+    asyncio.run(while_running(supervisor, scenario))
+    assert message(supervisor).failure == hung
+
+
+def test_a_launcher_that_never_gets_warm_ends_the_worker(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = supervisor.launcher
+    stuck = subprocess.Popen(["sleep", "300"])
+    monkeypatch.setattr(launcher, "_process", stuck)
+    monkeypatch.setattr(launcher, "_warming", time.monotonic())
+    launcher.kill_if_stuck(ranks_run=False)
+    assert not launcher.fault
+    monkeypatch.setattr(launching, "WARM_SECONDS", 0.0)
+    launcher.kill_if_stuck(ranks_run=False)
+    assert stuck.wait(20) == -signal.SIGKILL
+    assert launcher.fault == "the launcher was not ready to start ranks within 0 s"
+    stuck.returncode = None  # as if another one had been started
+    launcher.is_warm()
+    launcher.fault = ""
+    launcher.kill_if_stuck(ranks_run=False)
+    assert not launcher.fault
 
 
 def test_ranks_that_are_done_and_do_not_end_are_not_waited_for(

@@ -1,5 +1,12 @@
 """``python -m pretrain_agent``: supervise the ranks of one worker until they end."""
 
+import signal
+
+if __name__ == "__main__":
+    # The first process of a container ignores what it has no handler for. So that a pod which is
+    # deleted while all below is imported doesn't live on, these wait until somebody listens.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+
 import asyncio
 import logging
 import os

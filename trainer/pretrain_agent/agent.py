@@ -14,6 +14,7 @@ committing the checkpoint.
 # pyright: reportIncompatibleVariableOverride=false, reportCallIssue=false
 
 import os
+import signal
 import time
 
 from torch.distributed.elastic.agent.server.api import (
@@ -33,6 +34,7 @@ from pretrain_api.wire import ExitCode
 
 MONITOR_SECONDS = 0.1
 KILL_SECONDS = 2.0  # for killed ranks to be gone; one stuck in the kernel must not hold us up
+NO_FAILURE = (ExitCode.OK, ExitCode.PREEMPTED, -signal.SIGKILL)  # of a rank that was to be stopped
 FOREVER = 10**9  # restarts in place are limited by the meeting, by progress and not by number
 
 
@@ -58,6 +60,11 @@ class Agent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._kill_ranks()
+        if not self._rendezvous_with_exits.exits:
+            # A rank that was ending by itself, its connections closed already, keeps its own code.
+            self._rendezvous_with_exits.exits = {
+                index: code for index, code in self._exits().items() if code not in NO_FAILURE
+            }
         super()._stop_workers(worker_group)
 
     def _exits(self) -> dict[int, int]:

@@ -20,6 +20,7 @@ from pretrain_api import names
 # more, and hears nothing meanwhile.
 REGROUP_SECONDS = 15.0
 REGROUP_STARTING_SECONDS = 120.0
+WARM_SECONDS = 900.0  # until it can start ranks; its own limit for the fork server is within that
 
 
 class LauncherProcess:
@@ -35,12 +36,14 @@ class LauncherProcess:
         self._output = output
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._warming: float | None = None  # since when it imports what ranks need
         self._regrouping: float | None = None  # since when it should be stopping its ranks
         self.fault = ""
 
     def start(self) -> socket.socket:
         """Start it; returns our end of the link."""
         ours, theirs = socket.socketpair()
+        self._warming = time.monotonic()
         command = [sys.executable, "-m", "pretrain_agent.launcher"]
         command += ["--link", str(theirs.fileno())]
         command += ["--processes", str(self._settings.processes)]
@@ -83,23 +86,32 @@ class LauncherProcess:
         if self._writer is not None:
             self._writer.write(encode(message))
 
+    def is_warm(self) -> None:
+        """It can start ranks."""
+        self._warming = None
+
     def has_stopped_ranks(self) -> None:
         """It did as it was told."""
         self._regrouping = None
 
     def be_patient(self) -> None:
         """Count its time anew: this process could not run, and maybe nobody could."""
+        self._warming = self._warming and time.monotonic()
         self._regrouping = self._regrouping and time.monotonic()
 
     def kill_if_stuck(self, ranks_run: bool) -> None:
-        """End it if it does not stop its ranks. Its fork server and its ranks die with it.
+        """End it if it does not do what is due. Its fork server and its ranks die with it.
 
         ``ranks_run`` is false while it may still be starting some.
         """
         patience = REGROUP_SECONDS if ranks_run else REGROUP_STARTING_SECONDS
-        late = self._regrouping is not None and time.monotonic() - self._regrouping > patience
+        self._kill_if_late(self._regrouping, patience, "did not stop its ranks")
+        self._kill_if_late(self._warming, WARM_SECONDS, "was not ready to start ranks")
+
+    def _kill_if_late(self, since: float | None, patience: float, what: str) -> None:
+        late = since is not None and time.monotonic() - since > patience
         if late and self._process is not None and self._process.returncode is None:
-            self.fault = f"the launcher did not stop its ranks within {patience:.0f} s"
+            self.fault = f"the launcher {what} within {patience:.0f} s"
             process.kill(self._process.pid)
 
     def kill_leftovers(self) -> None:

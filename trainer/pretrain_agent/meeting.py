@@ -256,13 +256,14 @@ class Meeting:
         """Tell an agent that connects again what it may have missed."""
         if self._verdict is not None:
             return [Letter(rank, self._verdict)]
-        return [letter for letter in self._end_round() if letter.rank == rank]
+        return self._end_round_of(rank)
 
     def _join(self, rank: int, join: Join) -> list[Letter]:
         if self._verdict is not None:
             return [Letter(rank, self._verdict)]
         if self._go is not None and join.round == self.round:
-            return [Letter(rank, self._go)]  # it missed the start and asks again
+            # It missed the start and asks again; others may have left that round meanwhile.
+            return [Letter(rank, self._go), *self._end_round_of(rank)]
         if join.round != self.round + 1:
             return []
         if not self._joined:
@@ -288,6 +289,10 @@ class Meeting:
             return []
         over = Over(round=self.round, hung=self._hung)
         return [Letter(rank, over) for rank in self._others()]
+
+    def _end_round_of(self, rank: int) -> list[Letter]:
+        """What one agent is told of that."""
+        return [letter for letter in self._end_round() if letter.rank == rank]
 
     def _broken(self) -> bool:
         """Whether a rank hangs in the running round, or left it in another way than by request."""

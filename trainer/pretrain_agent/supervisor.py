@@ -100,6 +100,7 @@ class Supervisor:
             self.directory, self.board, self.pump, output_folder(settings.config)
         )
         self.hangs = HangWatch(self.server, self.evidence)
+        self._accounting = False  # ranks have stopped, and why is being found out
         self._hung: Failure | None = None  # of a local rank, to be reported when all have stopped
         self._condemning: asyncio.Task[None] | None = None
         self._outcome: asyncio.Future[Outcome] | None = None
@@ -119,6 +120,8 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         loop.add_signal_handler(signal.SIGTERM, self._terminate, "SIGTERM")
         loop.add_signal_handler(signal.SIGINT, self._terminate, "SIGINT")
+        # What came while this process started; its children inherit that nothing is blocked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
         try:
             endpoints = await self._listen()
         except OSError:
@@ -248,7 +251,7 @@ class Supervisor:
             self.orders.end_save()
             if self.orders.overdue(self.turn):
                 text = "the grace period ended before the checkpoint was saved"
-                self._end(termination.preempted(Failure(reason="RankFailed", message=text)))
+                self._leave_at_once(Failure(reason="RankFailed", message=text))
             await asyncio.sleep(POLL_SECONDS)
 
     def _look(self, now: float) -> None:
@@ -309,7 +312,7 @@ class Supervisor:
             return
         self.orders.obey(order)
         if order is Order.STOP:
-            self._end(termination.preempted())
+            self._leave_at_once()
         elif order is Order.DRAIN:
             self._leave_if_idle()
         elif order is Order.PAUSE and self.member.state in (State.WARMING, State.STOPPED):
@@ -323,17 +326,27 @@ class Supervisor:
     def _terminate(self, name: str) -> None:
         """SIGTERM or SIGINT: save and leave; a second one does not wait for the save."""
         if self.orders.terminating:
-            self._end(termination.preempted())
+            self._leave_at_once()
             return
         log.info("%s: saving, then leaving", name)
         self.orders.terminate(time.monotonic(), self.settings.grace_seconds)
         self._leave_if_idle()
 
     def _leave_if_idle(self) -> None:
-        if self.member.state is State.FINISHED:
-            self._end(self._completion())
-        elif self.member.state is not State.RUNNING:
-            self._end(termination.preempted())
+        if self.member.state is not State.RUNNING:
+            self._leave_at_once()
+
+    def _leave_at_once(self, failure: Failure | None = None) -> None:
+        """End as asked, whatever ranks are at; those that were done by then had trained to the end.
+
+        ``failure`` says what else was cut short.
+        """
+        done = self.member.state is State.FINISHED or self._is_done()
+        self._end(self._completion() if done else termination.preempted(failure))
+
+    def _is_done(self) -> bool:
+        """Whether all local ranks have left the completion marker: their work is saved."""
+        return all(beat.phase is Phase.DONE for beat in self.board.beats())
 
     # -- the leader and the launcher ------------------------------------------------------------
 
@@ -372,6 +385,8 @@ class Supervisor:
                         self.client.say(saying)
                     if isinstance(saying, Join):
                         self.stages.joined(self._generation, saying.round, time.monotonic())
+                case Regroup() if self._accounting:
+                    pass  # the ranks have stopped; nobody would say so again
                 case Open() | Regroup():
                     self.launcher.tell(saying)
                     if isinstance(saying, Regroup):
@@ -396,6 +411,7 @@ class Supervisor:
     async def _hear_launcher(self, message: FromLauncher) -> None:
         match message:
             case Ready():
+                self.launcher.is_warm()
                 log.info("the launcher is warm, ranks start by %s", message.start_method)
             case Stopped():
                 await self._account_for_stop(message)
@@ -409,15 +425,22 @@ class Supervisor:
         self.launcher.has_stopped_ranks()
         if stopped.exits:
             self.stages.stopped(time.monotonic(), failed=True)
-        await asyncio.get_running_loop().run_in_executor(None, self.pump.flush)
+        self._accounting = True
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self.pump.flush)
+        finally:
+            self._accounting = False
         failure = self._blame(stopped.exits)
         failure, self._hung = self._hung or failure, None
         left = failure is None and bool(stopped.exits)
         step = max(beat.step for beat in self.board.beats())
         self.launcher.kill_leftovers()
-        self._forget_progress_of_others()
         if failure is not None:
             log.warning("rank %s: %s: %s", failure.rank, failure.reason, _last_line(failure))
+        if stopped.exits and self._is_done():
+            self._finish()  # however they ended after that
+            return
+        self._forget_progress_of_others()
         if self.orders.leaving:
             self._end(termination.left(failure))
             return
@@ -470,7 +493,9 @@ class Supervisor:
             self._end(self._completion())
             return
         tail = self.pump.tail(logs.LAUNCHER)
-        failure = failures.of_launcher(code, self.launcher.fault, tail, self._ran_out_of_memory())
+        out_of_memory = self._ran_out_of_memory()
+        # It could not stop a rank that hangs in the kernel: that one is to blame.
+        failure = self._hung or failures.of_launcher(code, self.launcher.fault, tail, out_of_memory)
         leaving = self.orders.leaving
         self._end(termination.left(failure) if leaving else termination.failed(failure))
 
