@@ -115,8 +115,8 @@ class Ledger:
 class Pods(Protocol):
     """The cache of pods, as far as the audit mends it."""
 
-    def put(self, body: Body) -> None:
-        """This is how a pod is, unless something newer is known."""
+    def put(self, body: Body) -> bool:
+        """This is how a pod is, unless something newer is known. Returns whether that is new."""
         ...
 
     def drop(self, uid: str) -> None:

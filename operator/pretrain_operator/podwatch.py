@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pretrain_api import names
@@ -66,18 +67,23 @@ class PodCache:
         """The pods of one job."""
         return tuple(self._pods.get(key, {}).values())
 
-    def put(self, body: Body) -> None:
-        """This is how a pod is, unless something newer is known."""
+    def put(self, body: Body) -> bool:
+        """This is how a pod is, unless something newer is known.
+
+        Returns whether any of what decisions need is new.
+        """
         key, pod = job_of(body), parse_pod(body)
         if key is None or pod is None:
-            return  # not of our making, whatever its labels say
+            return False  # not of our making, whatever its labels say
         if pod.uid in self._gone:
-            return  # the answer to a write may come after the end of what was written
-        known = self._known(pod.uid)
-        if known is None or reached(pod.version, known.version):
-            self._remove(pod.uid)  # somebody may have changed the label that says whose it is
-            self._pods.setdefault(key, {})[pod.uid] = pod
-            self._jobs[pod.uid] = key
+            return False  # the answer to a write may come after the end of what was written
+        before, known = self._jobs.get(pod.uid), self._known(pod.uid)
+        if known is not None and not reached(pod.version, known.version):
+            return False
+        self._remove(pod.uid)  # somebody may have changed the label that says whose it is
+        self._pods.setdefault(key, {})[pod.uid] = pod
+        self._jobs[pod.uid] = key
+        return before != key or known is None or replace(known, version=pod.version) != pod
 
     def items(self, namespace: str) -> dict[str, Item]:
         """Pods of a namespace, of all if it is empty, by UID."""
@@ -187,13 +193,15 @@ class PodWatch:
         if gone:
             self._ended(item)
             return
+        news = False
         try:
-            self._cache.put(body)
+            news = self._cache.put(body)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             # Whatever somebody has written into one object, all others are watched on.
             log.warning("pod %s/%s can't be read: %r", item.namespace, item.name, error)
         self._nudge.saw(Kind.POD, item, gone=False)
-        if item.job:
+        # What this operator wrote itself comes back as well, and is known already.
+        if news and item.job:
             self._nudge.changed(item.job)
 
     def _ended(self, item: Item) -> None:

@@ -32,6 +32,9 @@ SIZE_LIMIT = 64 * 1024
 # rounds, also when hundreds of jobs are silent at once and each holds a round up for its two
 # seconds, so that one lost packet now and one an hour later never add up.
 FORGET_SECONDS = 60.0
+# Of the time between two misses, what counts as silence: a little more than doubtful rounds are
+# apart. A worker may well have been fine in between, and never have been asked.
+COUNTED_SECONDS = 5.0
 AT_ONCE = 128  # questions; a worker's time must not run while it waits for its turn
 UNREACHABLE = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT})
 
@@ -43,7 +46,7 @@ class Answers:
     reports: Mapping[str, WorkerStatus] = field(default_factory=dict[str, WorkerStatus])
     """What those who answered said."""
     silent: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Seconds since the first question without an answer; 0 if this was it.
+    """Seconds of silence since the first question without an answer; 0 if this was it.
 
     A worker in neither of the two wasn't asked, or answered what makes no sense.
     """
@@ -68,16 +71,16 @@ class Silence:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._misses: dict[str, tuple[float, float]] = {}  # by UID: the first one, the newest one
+        self._misses: dict[str, tuple[float, float]] = {}  # by UID: seconds so far, the newest one
 
     def missed(self, uid: str) -> float:
-        """Note that a pod didn't answer. Returns seconds since its first miss in a row."""
+        """Note that a pod didn't answer. Returns the seconds of its silence so far."""
         now = self._clock()
-        first, newest = self._misses.get(uid, (now, now))
-        if now - newest > FORGET_SECONDS:
-            first = now
-        self._misses[uid] = (first, now)
-        return now - first
+        seconds, newest = self._misses.get(uid, (0.0, now))
+        pause = now - newest
+        seconds = 0.0 if pause > FORGET_SECONDS else seconds + min(pause, COUNTED_SECONDS)
+        self._misses[uid] = (seconds, now)
+        return seconds
 
     def heard(self, uid: str) -> None:
         """Note that a pod answered."""

@@ -128,6 +128,10 @@ def force_deleted(bench: Bench, name: str) -> bool:
     return name not in [pod["metadata"]["name"] for pod in bench.cluster.pods()]
 
 
+def leaving(bench: Bench, name: str) -> bool:
+    return "deletionTimestamp" in bench.cluster.pod(name)["metadata"]
+
+
 @pytest.mark.parametrize("index", [0, 1], ids=["leader", "other"])
 async def test_a_lost_worker_is_replaced_at_once_and_its_pod_goes_when_the_next_world_trains(
     bench: Bench, index: int
@@ -138,7 +142,6 @@ async def test_a_lost_worker_is_replaced_at_once_and_its_pod_goes_when_the_next_
     await lose(bench, name)
     assert bench.member_pods()[index] == f"llama-{index}-2"
     assert bench.status.assignment.written_off == (uid,)
-    assert "deletionTimestamp" in bench.cluster.pod(name)["metadata"]
     status = bench.status
     assert (status.restarts.by_reason, status.restarts.charged) == ({"Unreachable": 1}, 0)
     attempt = status.attempts[-1]
@@ -149,6 +152,7 @@ async def test_a_lost_worker_is_replaced_at_once_and_its_pod_goes_when_the_next_
     bench.cluster.start(f"llama-{index}-2", node="node-9")
     await bench.settle()
     assert bench.told(f"llama-{index}-2").generation == 2  # nobody waited for the grace period
+    assert leaving(bench, name)
     fail_node(bench, f"node-{index}")
     answer(bench, phase=Phase.LOAD)
     await bench.settle()
@@ -311,3 +315,67 @@ async def test_the_leader_is_asked_every_second_while_its_world_stands_still(ben
     answer(bench)
     bench.workers.silent[LEADER] = 0.0
     assert await bench.settle() == 1
+
+
+async def test_the_leader_is_not_left_to_wait_for_a_worker_that_trained_to_the_end(
+    bench: Bench,
+) -> None:
+    """A rank of the leader failed after the last step: it needs all to start another round."""
+    await train(bench)
+    answer(bench, step=100)
+    bench.cluster.finish(OTHER, 0, message(Result.COMPLETE, rank=1))
+    await bench.settle()
+    assert bench.status.assignment.generation == 1  # the leader is about to finish, too
+    answer(bench, phase=Phase.WAITING, waiting_for=(1,), waiting_seconds=0.1)
+    await bench.settle()
+    assert bench.member_pods() == [LEADER, "llama-1-2"]
+    assert bench.status.restarts.by_reason == {"FinishedAlone": 1}
+    assert bench.status.restarts.charged == 0
+    await bench.train()
+    assert bench.told(LEADER).generation == 2
+    done = message(Result.COMPLETE, SAVED.model_copy(update={"step": 100}), generation=2)
+    bench.cluster.finish(LEADER, 0, done)
+    await bench.settle()
+    assert bench.condition(names.COMPLETE) == ("True", "Completed")
+
+
+async def test_a_new_generation_does_not_wait_for_a_worker_that_trained_to_the_end(
+    bench: Bench,
+) -> None:
+    """The leader was killed at the very end, and the other one was about to leave."""
+    await train(bench)
+    bench.workers.reports.clear()
+    bench.cluster.finish(LEADER, 137, reason="OOMKilled")
+    await bench.settle()
+    assert bench.member_pods() == ["llama-0-2", OTHER]
+    bench.cluster.finish(OTHER, 0, message(Result.COMPLETE, rank=1))
+    await bench.train()
+    bench.cluster.advance(60)
+    await bench.train()
+    assert bench.member_pods() == ["llama-0-2", "llama-1-3"]
+    assert bench.told("llama-0-2").generation == 3
+    assert bench.status.restarts.by_reason == {"OOMKilled": 1, "FinishedAlone": 1}
+    assert bench.status.restarts.charged == 1
+
+
+async def test_a_lost_worker_stays_until_the_scheduler_has_judged_its_replacement(
+    bench: Bench,
+) -> None:
+    """While it counts, pods are spread away from its node, which may well be dead."""
+    await train(bench)
+    await lose(bench, OTHER)
+    assert bench.member_pods() == [LEADER, "llama-1-2"]
+    assert not leaving(bench, OTHER)
+    bench.cluster.schedule("llama-1-2", node="node-9")
+    await bench.settle()
+    assert leaving(bench, OTHER)
+
+
+async def test_a_lost_worker_does_not_keep_its_replacement_from_the_only_node(
+    bench: Bench,
+) -> None:
+    await train(bench)
+    await lose(bench, OTHER)
+    bench.cluster.refuse("llama-1-2", "0/1 nodes are available: insufficient nvidia.com/gpu")
+    await bench.settle()
+    assert leaving(bench, OTHER)

@@ -165,6 +165,25 @@ async def test_events_change_the_cache_and_nudge_the_job(scene: Scene) -> None:
         assert [gone for _, gone in scene.news.seen] == [False, False, True]
 
 
+async def test_what_decisions_know_already_causes_no_round(scene: Scene) -> None:
+    """Its own writes, as they come back, and what changes in a pod that nobody decides by."""
+    async with scene.watching():
+        created = await scene.source.create("llama-0-1")
+        scene.cache.put(created)
+        scene.source.send(("ADDED", created))
+        told = {"metadata": {"annotations": {names.ANNOTATION_ASSIGNMENT: "word"}}}
+        scene.source.cluster.edit(Kind.POD, "llama-0-1", told)
+        scene.cache.amend(scene.source.cluster.pod("llama-0-1")["metadata"])
+        scene.source.send(("MODIFIED", scene.source.cluster.pod("llama-0-1")))
+        scene.source.cluster.set_status("llama-0-1", phase="Pending", qosClass="BestEffort")
+        scene.source.send(("MODIFIED", scene.source.cluster.pod("llama-0-1")))
+        await until(lambda: len(scene.news.seen) == 3)
+        assert scene.news.jobs == []
+        scene.source.cluster.set_status("llama-0-1", phase="Running")
+        scene.source.send(("MODIFIED", scene.source.cluster.pod("llama-0-1")))
+        await until(lambda: scene.news.jobs == [KEY])
+
+
 async def test_a_stream_that_ends_or_breaks_goes_on_from_where_it_was(scene: Scene) -> None:
     async with scene.watching():
         pod = await scene.source.create("llama-0-1")
@@ -280,7 +299,7 @@ async def test_a_changed_label_moves_a_pod(scene: Scene) -> None:
     moved = copy.deepcopy(pod)
     moved["metadata"]["labels"][names.LABEL_JOB] = "other"
     moved["metadata"]["resourceVersion"] += "0"
-    scene.cache.put(moved)
+    assert scene.cache.put(moved)
     assert scene.cache(KEY) == ()
     assert [each.name for each in scene.cache(("default", "other"))] == ["llama-0-1"]
 

@@ -28,7 +28,7 @@ from pretrain_operator.__main__ import (
     watch,
 )
 from pretrain_operator.audit import Audit
-from pretrain_operator.cluster import Body, ClusterError, HttpCluster, Kind
+from pretrain_operator.cluster import Body, ClusterError, ConflictError, HttpCluster, Kind
 from pretrain_operator.metrics import Metrics
 from pretrain_operator.pages import Pages, serve
 from pretrain_operator.podwatch import PodCache, PodWatch
@@ -180,7 +180,9 @@ async def test_events_become_rounds(bench: Bench, kubeconfig: Path) -> None:
     cluster = await HttpCluster.connect(str(kubeconfig))
     jobs = RecallingCluster(cluster, pods, lambda: 0)
     reconciler = Reconciler(jobs, SilentWorkers(), pods, Settings(), metrics)
-    queue: WorkQueue[Key] = WorkQueue(reconciler.reconcile, workers=2, metrics=metrics)
+    queue: WorkQueue[Key] = WorkQueue(
+        reconciler.reconcile, workers=2, metrics=metrics, quiet=(ConflictError,)
+    )
     await wait_for_crd(cluster)
     rounds = asyncio.create_task(queue.run())
     audit = Audit(partial(list_watched, cluster), cluster.get, pods, queue.add, metrics)

@@ -113,23 +113,26 @@ def converge(seen: Observation) -> Plan:
     """Everything is decided: create what is missing, tell who has not heard, clear away."""
     job = job_of(seen)
     status, news = report(seen)
+    pods = children.create_pods(seen, job)
     return Plan(
         actions=(
             *children.prepare(seen, job),
             *children.retain(seen),
-            *children.create_pods(seen, job),
+            *pods,
             *children.announce(seen),
             *children.tidy(seen, "Replaced"),
         ),
         status=status,
         events=news,
-        wake_after=_next_look(seen, status),
+        wake_after=_next_look(seen, status, creating=bool(pods)),
     )
 
 
-def _next_look(seen: Observation, status: JobStatus) -> float | None:
-    """When something is due that no event announces."""
+def _next_look(seen: Observation, status: JobStatus, *, creating: bool) -> float | None:
+    """When something is due that no event announces: what is ``creating`` now is one's own news."""
     wakes = [*(item.at for item in deadline.deadlines(seen)), *elastic.wakes(seen)]
+    if creating:
+        wakes.append(seen.now + timedelta(seconds=STARTING_POLL_SECONDS))
     assignment = status.assignment
     if assignment and assignment.not_before and seen.now < assignment.not_before:
         wakes.append(assignment.not_before)

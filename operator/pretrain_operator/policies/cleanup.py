@@ -18,9 +18,21 @@ LINGER_SECONDS = 30  # after the leader finished, for the others to finish by th
 
 
 def strays(seen: Observation) -> list[Pod]:
-    """Running pods without a place in the present generation, and no candidate's."""
-    mine = _members(seen)
-    return [pod for pod in seen.pods if pod.uid not in mine and pod.alive]
+    """Running pods without a place in the present generation, and no candidate's.
+
+    Lost ones only when the scheduler has judged all others: while they count, it spreads these away
+    from nodes that may be dead, and nothing waits for the end of a lost one.
+    """
+    others = _members(seen)
+    if _are_to_be_placed(seen):
+        others |= written_off(seen)
+    return [pod for pod in seen.pods if pod.uid not in others and pod.alive]
+
+
+def _are_to_be_placed(seen: Observation) -> bool:
+    """Whether a pod of the present generation has no node yet, and was not refused one."""
+    pods = [seen.pod_of(each) for each in (*seen.members, *seen.candidates)]
+    return any(pod is None or (pod.node is None and pod.trouble is None) for pod in pods)
 
 
 def exhibits_to_drop(seen: Observation) -> list[Pod]:

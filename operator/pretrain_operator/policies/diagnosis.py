@@ -68,16 +68,30 @@ def gone(seen: Observation) -> list[Member]:
 def diagnose(seen: Observation) -> Cause | None:
     """The cause, if the present generation has lost a member; None while all is well.
 
-    A worker that finished well is no loss by itself: the others are about to finish too.
+    A worker that finished well is no loss by itself: the others are about to finish too, unless
+    they are to start again, or wait for it.
     """
     causes = [
         _cause(seen, member, seen.pod_of(member))
         for member in gone(seen)
-        if not finished_well(seen.pod_of(member))
+        if not finished_well(seen.pod_of(member)) or _is_missed(seen, member)
     ]
     first = min(causes, key=lambda c: (not c.final, c.echo, c.at), default=None)
     # Whoever has been judged already isn't judged again.
     return replace(first, charged=False) if first and first.echo and not first.final else first
+
+
+def _is_missed(seen: Observation, member: Member) -> bool:
+    """Whether others start another round or generation, which needs all members.
+
+    The leader's last word must not be on its way: it would end the job.
+    """
+    assignment, report = seen.status.assignment, seen.leader_report
+    if assignment is None or assignment.leader is None:
+        return True
+    if report is None or report.generation != assignment.generation:
+        return False
+    return member.index in report.waiting_for
 
 
 def _is_echo(seen: Observation, member: Member, pod: Pod) -> bool:
@@ -97,6 +111,8 @@ def _cause(seen: Observation, member: Member, pod: Pod | None) -> Cause:
         return Cause("PodDeleted", message, pod=member.pod, node=member.node)
     if pod.alive:
         return _lost(seen, pod)
+    if finished_well(pod):
+        return _finished_alone(pod)
     final = _final(pod)
     if final is not None:
         return final
@@ -113,6 +129,12 @@ def _lost(seen: Observation, pod: Pod) -> Cause:
     message = f"worker {pod.index} ({pod.name}) has not answered for {seconds:.0f} s and"
     at = seen.now - timedelta(seconds=seconds)
     return Cause(reason, f"{message} {why[reason]}", at=at, pod=pod.name, node=pod.node)
+
+
+def _finished_alone(pod: Pod) -> Cause:
+    message = f"worker {pod.index} ({pod.name}) had trained to the end when others had to try again"
+    at = (pod.exit.finished if pod.exit else None) or BEGINNING
+    return Cause("FinishedAlone", message, at=at, pod=pod.name, node=pod.node, exit_code=0)
 
 
 def _final(pod: Pod) -> Cause | None:
