@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 30.0  # a busy machine may write gigabytes of images before it answers
+WORKER_SECONDS = 5.0  # for a worker, which may be cut off
 MERGE_PATCH = "application/merge-patch+json"
 
 Body = dict[str, Any]
@@ -74,12 +75,21 @@ class Client:
         """A new connection; ``timeout`` in seconds is that of every read."""
         return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=self.tls)
 
+    def ask(self, path: str) -> str:
+        """What a worker answers, through the API server. Raises ApiError."""
+        return self.request("GET", path, timeout=WORKER_SECONDS)
+
     def request(
-        self, method: str, path: str, body: Body | None = None, kind: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Body | None = None,
+        kind: str = "application/json",
+        timeout: float | None = None,
     ) -> str:
         """The answer's text. Raises ApiError for any status but 2xx, and without an answer."""
         text = None if body is None else json.dumps(body)
-        with closing(self.connect(self.timeout)) as connection:
+        with closing(self.connect(timeout or self.timeout)) as connection:
             try:
                 connection.request(method, path, text, {"Content-Type": kind, **self.headers})
                 response = connection.getresponse()

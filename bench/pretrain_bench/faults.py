@@ -21,7 +21,7 @@ from pretrain_bench.jobs import Jobs
 from pretrain_bench.memory import MemoryGroup
 from pretrain_demo.job import Snapshot
 from pretrain_devcluster import Cluster
-from pretrain_devcluster.shell import wait_until
+from pretrain_devcluster.shell import CommandError, wait_until
 
 SYSTEM_NAMESPACE = "pretrain-system"
 OPERATOR_LABEL = "app.kubernetes.io/name=pretrain-operator"
@@ -238,7 +238,11 @@ def drain_node(scene: Scene) -> Injury:
     selector = f"--pod-selector={names.LABEL_JOB}={scene.job}"
     at = time.time()
     flags = ("--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s")
-    scene.cluster.kubectl("drain", node, selector, *flags)
+    try:
+        scene.cluster.kubectl("drain", node, selector, *flags)
+    except CommandError:
+        scene.cluster.kubectl("uncordon", node)
+        raise
     return Injury(at, lambda: scene.cluster.kubectl("uncordon", node))
 
 

@@ -130,14 +130,14 @@ class Jobs:
         if leader is None:
             return job
         try:
-            return job.heard(self.client.request("GET", status_path(self.namespace, leader)))
+            return job.heard(self.client.ask(status_path(self.namespace, leader)))
         except ApiError:
             return job  # it is just starting, or gone
 
     def ask(self, pod: str) -> WorkerStatus | None:
         """What a worker says about itself; None if it doesn't answer."""
         try:
-            answer = self.client.request("GET", status_path(self.namespace, pod))
+            answer = self.client.ask(status_path(self.namespace, pod))
         except ApiError:
             return None
         return WorkerStatus.model_validate_json(answer)

@@ -15,9 +15,10 @@ from pretrain_devcluster.layout import Layout
 
 def installed() -> tuple[Target, Cluster]:
     """The cluster of this machine, brought up if need be, with images and operator of this tree."""
-    target = devcluster(os.environ, Layout.default())
+    target, cluster = devcluster(os.environ, Layout.default()), Cluster.up()
+    cluster.kubectl("uncordon", *cluster.ready_nodes())  # after a run that was killed
     install(target, Console())
-    return target, Cluster.current()
+    return target, cluster
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .workflows import Workflow
 
 AT_A_TIME = 6  # labs; most of the time they wait
 SETTLE_SECONDS = 30.0
+STILL_LOOKS = 4  # with nothing to compare with; what follows from a write takes several hops
 # Told once per generation, if the leader was asked while it was so.
 SEEN_BY_CHANCE = ("Training", "ResumedFrom")
 
@@ -48,13 +49,13 @@ async def end_of(
     gone = await lab.status() is None  # then nothing brings an operator to make a round
     deadline = time.monotonic() + SETTLE_SECONDS
     before: End | None = None
+    still = 0  # looks in a row at which nothing had moved
     while True:
         rounds = await (operator or lab.operator).rounds()
         end = End(blurred(await lab.state(), workflow.blurred), await lab.events())
-        seen = rounds > 0 or gone
-        if seen and (end == before if expected is None else end.state == expected.state):
-            return end
-        if time.monotonic() > deadline:
+        still = still + 1 if end == before else 0
+        settled = still >= STILL_LOOKS if expected is None else end.state == expected.state
+        if (settled and (rounds > 0 or gone)) or time.monotonic() > deadline:
             return end
         before = end
         await asyncio.sleep(0.5 if expected is None else 0.1)

@@ -4,8 +4,11 @@ import re
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+CTRL_C_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,11 @@ class Shell:
                 lines.append(line)
                 if re.search(until, line):
                     break
-            deadline.cancel()
             process.send_signal(signal.SIGINT)
+            # A shell without job control has its background processes ignore that.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(CTRL_C_SECONDS)
+            process.kill()
+            deadline.cancel()
         assert lines, f"{text} printed nothing"
         assert re.search(until, lines[-1]), "".join(lines)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pretrain_demo.console import Console
 from pretrain_demo.install import RELEASE, SYSTEM_NAMESPACE, ensure_namespace, install
 from pretrain_demo.target import DemoError, Target, repository
 from pretrain_devcluster import Cluster
+from pretrain_devcluster.shell import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -52,6 +54,11 @@ def values_of(target: Target) -> list[str]:
     return [f"--set-json={key}={json.dumps(found[key])}" for key in ("image", "trainerImage")]
 
 
+def wait_for_rollout(target: Target) -> None:
+    """Until no old pod is left: helm waits for the new one only."""
+    target.kubectl("rollout", "status", f"deployment/{RELEASE}", IN_SYSTEM, "--timeout=2m")
+
+
 def test_an_upgrade_and_a_rollback_start_nothing_again(steady: Scene, target: Target) -> None:
     before = same_run(steady)
     operator = faults.uid(steady.operator())
@@ -59,10 +66,12 @@ def test_an_upgrade_and_a_rollback_start_nothing_again(steady: Scene, target: Ta
         "upgrade", RELEASE, CHART, IN_SYSTEM, "--reuse-values", "--set=log.level=DEBUG",
         "--wait", "--timeout=3m",
     )  # fmt: skip
+    wait_for_rollout(target)
     upgraded = faults.uid(steady.operator())
     assert upgraded != operator
     assert same_run(steady) == before
     target.helm("rollback", RELEASE, IN_SYSTEM, "--wait", "--timeout=3m")
+    wait_for_rollout(target)
     assert faults.uid(steady.operator()) not in (operator, upgraded)
     assert same_run(steady) == before
 
@@ -140,14 +149,18 @@ def can_i(jobs: Jobs, user: str, groups: list[str], namespace: str, asked: Any) 
     return json.loads(jobs.client.request("POST", path, review))["status"]["allowed"]
 
 
+def who_is(account: str) -> tuple[str, list[str]]:
+    """User and groups of a service account, namespace/name."""
+    where, _, name = account.partition("/")
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{where}", "system:authenticated"]
+    return f"system:serviceaccount:{where}:{name}", groups
+
+
 def rights(jobs: Jobs, account: str, namespace: str) -> dict[tuple[str, str], set[str]]:
     """Verbs that a service account, namespace/name, may do in a namespace, by resource."""
-    where, _, name = account.partition("/")
-    user = f"system:serviceaccount:{where}:{name}"
-    groups = ["system:serviceaccounts", f"system:serviceaccounts:{where}", "system:authenticated"]
     found: dict[tuple[str, str], set[str]] = {}
     for asked in itertools.product((*SERVED, *REFUSED, ("", "nodes")), VERBS):
-        if can_i(jobs, user, groups, namespace, asked):
+        if can_i(jobs, *who_is(account), namespace, asked):
             found.setdefault(asked[0], set()).add(asked[1])
     return found
 
@@ -173,7 +186,11 @@ def test_kubernetes_own_roles_reach_jobs(jobs: Jobs, role: str, expected: set[st
     jobs.kubectl("create", "serviceaccount", f"who-may-{role}")
     binding = (f"--clusterrole={role}", f"--serviceaccount={jobs.namespace}:who-may-{role}")
     jobs.kubectl("create", "rolebinding", f"who-may-{role}", *binding)
-    found = rights(jobs, f"{jobs.namespace}/who-may-{role}", jobs.namespace)
+    account = f"{jobs.namespace}/who-may-{role}"
+    look = (("pretrain.dev", "pretrainjobs"), "get")
+    bound = partial(can_i, jobs, *who_is(account), jobs.namespace, look)
+    wait_until(bound, "the API server has heard of the binding", 10)
+    found = rights(jobs, account, jobs.namespace)
     assert found["pretrain.dev", "pretrainjobs"] == expected
     assert found["pretrain.dev", "pretrainjobs/status"] == {"get"}
     changes = {"patch", "update"} & expected
@@ -208,7 +225,7 @@ def teams(target: Target, cluster: Cluster) -> Iterator[dict[str, Jobs]]:
         for team in served:
             ensure_namespace(target, f"{team}-system")
             target.helm(
-                "install", RELEASE, CHART, f"--namespace={team}-system", *flags,
+                "upgrade", "--install", RELEASE, CHART, f"--namespace={team}-system", *flags,
                 f"--set-json=watchNamespaces={json.dumps([team])}", "--set=crds.enabled=false",
                 "--wait", "--timeout=3m",
             )  # fmt: skip

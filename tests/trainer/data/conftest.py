@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from pretrain_api.config import RunConfig
 from pretrain_trainer.data.tokenizer import Tokenizer, load_tokenizer
-
-# A busy machine must not fail a test for being slow; pytest's timeout still ends one that hangs.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
