@@ -1,5 +1,6 @@
 """A damaged checkpoint is never loaded; the one before it is, and the report says why."""
 
+import errno
 import os
 import random
 import shutil
@@ -15,8 +16,10 @@ from pretrain_trainer.checkpoint.errors import (
     CheckpointConfigError,
     DamagedError,
     NothingGoodError,
+    UnreadableError,
 )
 from pretrain_trainer.checkpoint.verify import verified
+from pretrain_trainer.errors import BadInputError, HopelessError
 
 
 @pytest.fixture
@@ -182,7 +185,40 @@ def test_an_unreadable_disk_is_damage_too(root, falls_back, monkeypatch):
         return real(handle, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", failing)
-    falls_back("it can't be read: [Errno 5] Input/output error")
+    falls_back("it can't be read: Input/output error")
+
+
+@pytest.fixture
+def stale(root, monkeypatch):
+    """Storage that gives out no tensor for a while, as a worker's mount may."""
+    with monkeypatch.context() as patch:
+        real = os.preadv
+
+        def failing(handle: int, buffers: list[memoryview], offset: int) -> int:
+            if os.readlink(f"/proc/self/fd/{handle}").endswith(".distcp"):
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(handle, buffers, offset)
+
+        patch.setattr(os, "preadv", failing)
+        yield patch
+
+
+def test_storage_that_gives_out_nothing_now_may_be_tried_again(root, manager_at, state, stale):
+    with pytest.raises(UnreadableError, match=r"no checkpoint in .* can be read .*Stale") as caught:
+        manager_at(root)(generation=2).load(without_ledger(state(0)))
+    assert not isinstance(caught.value, (HopelessError, BadInputError))
+    stale.undo()
+    report = manager_at(root)(generation=2).load(without_ledger(state(0)))
+    assert (report.step, report.skipped) == (20, ())
+
+
+def test_initial_weights_that_can_not_be_read_now_may_be_tried_again(
+    root, manager_at, state, tmp_path, stale
+):
+    made = manager_at(tmp_path / "new")(initial_load_path=str(root / "step-20"))
+    with pytest.raises(UnreadableError, match="initial_load_path can't be read now") as caught:
+        made.load(without_ledger(state(0)))
+    assert not isinstance(caught.value, (HopelessError, BadInputError))
 
 
 def test_nothing_good_is_no_fresh_start(root, manager_at, state):

@@ -41,6 +41,15 @@ def test_an_old_generation_neither_commits_nor_deletes(manager, state, root):
     assert names(root) == before
 
 
+def test_an_old_generation_takes_no_space_from_the_newer_one(manager, state, root, monkeypatch):
+    old = manager(generation=1)
+    old.save(10, {"model": state(10)["model"]})
+    manager(generation=2).load({"model": state(0)["model"]})
+    monkeypatch.setattr("os.mkdir", lambda *_: pytest.fail("a folder for a save was made"))
+    with pytest.raises(FencedError):
+        old.save(20, {"model": state(20)["model"]})
+
+
 def test_a_generation_overtaken_while_it_writes_does_not_commit(manager, state, root, monkeypatch):
     from pretrain_trainer.checkpoint.root import Root
 

@@ -28,6 +28,10 @@ class DamagedError(CheckpointError):
     """One checkpoint is not what its manifest promises, or it was never committed."""
 
 
+class UnreadableError(DamagedError):
+    """The storage doesn't give a checkpoint out now. That may pass, and says nothing of it."""
+
+
 class UncommittedError(DamagedError):
     """A folder has the name of a checkpoint, but the manifest that would make it one is missing."""
 
@@ -44,6 +48,7 @@ BY_NAME: dict[str, type[CheckpointError]] = {
         FencedError,
         SaveFailedError,
         DamagedError,
+        UnreadableError,
         UncommittedError,
         NothingGoodError,
     )

@@ -16,6 +16,7 @@ Every system call that changes something is spelled ``os.<call>`` here and in :m
 tests can count, interrupt and replay them.
 """
 
+import errno
 import hashlib
 import os
 import stat
@@ -27,7 +28,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from pretrain_trainer.alive import Alive, unwatched
 
-from .errors import DamagedError
+from .errors import DamagedError, UnreadableError
 
 T = TypeVar("T")
 
@@ -35,6 +36,10 @@ CHUNK_BYTES: Final = 16 << 20
 
 # Digests run in threads beside the copying; more than this finds no free memory bandwidth.
 _THREADS = min(4, os.cpu_count() or 1)
+
+# What the storage says of a file that somebody has removed or replaced. Anything else, such as a
+# stale handle, may pass.
+REPLACED: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -50,6 +55,12 @@ class FileDigest(NamedTuple):
 def digest(data: bytes | bytearray | memoryview) -> str:
     """The digest used throughout: 64 hex digits of BLAKE2b-256."""
     return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def unread(what: str, error: OSError) -> DamagedError:
+    """The error for something that could not be read: whether it is to blame, or the storage."""
+    kind = DamagedError if error.errno in REPLACED else UnreadableError
+    return kind(f"{what}: {error.strerror or error}")
 
 
 def sync_folder(path: Path) -> None:
@@ -253,7 +264,7 @@ class Folder:
         try:
             handle = os.open(path, _READ | os.O_DIRECTORY)
         except OSError as error:
-            raise DamagedError(f"{path.name} can't be opened: {error.strerror}") from error
+            raise unread(f"{path.name} can't be opened", error) from error
         try:
             yield cls(path, handle, alive)
         finally:
@@ -276,7 +287,7 @@ class Folder:
         except FileNotFoundError as error:
             raise DamagedError(f"{name} is missing") from error
         except OSError as error:
-            raise DamagedError(f"{name} can't be opened: {error.strerror}") from error
+            raise unread(f"{name} can't be opened", error) from error
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise DamagedError(f"{name} is not a plain file")

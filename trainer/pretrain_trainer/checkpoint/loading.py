@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 
 from . import manifest, metadata, planning, tensors
 from .errors import CheckpointConfigError, DamagedError
-from .files import CHUNK_BYTES, FileDigest, Folder, VerifiedFile
+from .files import CHUNK_BYTES, FileDigest, Folder, VerifiedFile, unread
 from .manifest import Manifest
 from .peers import Peers
 
@@ -107,11 +107,11 @@ def fill_foreign(peers: Peers, path: Path, state: dict[str, Any], model: str) ->
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Take a failing disk for a damaged checkpoint: there may be an older one on a good spot."""
+    """Pass over what storage doesn't give out: there may be an older one on a good spot."""
     try:
         yield
     except OSError as error:
-        raise DamagedError(f"it can't be read: {error}") from error
+        raise unread("it can't be read", error) from error
 
 
 def open_table(

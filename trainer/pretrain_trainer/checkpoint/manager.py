@@ -53,6 +53,7 @@ from .errors import (
     NothingGoodError,
     SaveFailedError,
     UncommittedError,
+    UnreadableError,
 )
 from .files import CHUNK_BYTES, Folder
 from .manifest import Manifest
@@ -124,6 +125,7 @@ class CheckpointManager:
         self._chunk_bytes = chunk_bytes
         self._entered = False
         self._safe: int | None = None  # newest step that was read back after it was saved
+        self._bad: set[int] = set()  # steps that turned out to be damaged, though they look good
 
     def save(self, step: int, state: dict[str, Any], *, last: bool = False) -> CheckpointReport:
         """Write the state, commit it, and read it back.
@@ -154,7 +156,9 @@ class CheckpointManager:
             save = Save(
                 self._peers, self._root, self._identity, step, model_only, self._chunk_bytes
             )
+            self._bad.add(step)  # until it was read back
             committed = save.run(content, replace=damaged)
+        self._bad.discard(step)
         self._safe = max(step, self._safe or 0)
         return CheckpointReport(
             step=step,
@@ -177,6 +181,7 @@ class CheckpointManager:
         Raises:
             NothingGoodError: there are committed checkpoints, but none is good. Tensors may have
                 been filled from one that turned out to be damaged: don't train with them.
+            UnreadableError: the same, but storage didn't give some of them out: it may pass.
             CheckpointConfigError: root, step or model don't fit this job, or training on would run
                 into newer checkpoints that are there already.
             FencedError: a newer generation holds the root.
@@ -188,17 +193,21 @@ class CheckpointManager:
         asked = step if step is not None else self._config.load_step if begins else -1
         wanted = {name: part for name, part in state.items() if name not in self._excluded}
         skipped: list[SkippedCheckpoint] = []
-        lost = asked >= 0
+        lost, unreadable = asked >= 0, False
         for candidate in self._candidates(asked):
             try:
                 complete = self._fill(candidate, wanted)
                 return LoadReport(candidate, tuple(skipped), complete)
             except DamagedError as error:
                 lost = lost or not isinstance(error, UncommittedError)
+                unreadable = unreadable or isinstance(error, UnreadableError)
+                self._bad.add(candidate)
                 logger.warning("step-%d is passed over: %s", candidate, error)
                 skipped.append(SkippedCheckpoint(step=candidate, reason=str(error)))
         if skipped and lost:
             reasons = "; ".join(f"step-{each.step}: {each.reason}" for each in skipped)
+            if unreadable:
+                raise UnreadableError(f"no checkpoint in {self._root.path} can be read ({reasons})")
             raise NothingGoodError(
                 f"no good checkpoint is left in {self._root.path} ({reasons}): restore one, or set "
                 "checkpoint.folder to a new folder to start afresh"
@@ -332,6 +341,10 @@ class CheckpointManager:
         wanted = {name: state[name] for name in names - set(options.exclude_from_loading)}
         try:
             loading.fill_foreign(self._peers, path, wanted, MODEL)
+        except UnreadableError as error:
+            raise UnreadableError(
+                f"checkpoint.initial_load_path can't be read now: {error}"
+            ) from error
         except (DamagedError, CheckpointConfigError) as error:
             raise CheckpointConfigError(
                 f"checkpoint.initial_load_path can't be loaded: {error}"
@@ -340,6 +353,7 @@ class CheckpointManager:
 
     def _prune(self) -> list[int]:
         try:
+            self._root.finish_deletions()
             doomed = self._dispensable()
         except OSError as error:
             logger.warning("old checkpoints could not be listed for deletion: %s", error)
@@ -364,9 +378,12 @@ class CheckpointManager:
         return [step for step in steps if step < min(kept[-1], self._safe)]
 
     def _looks_good(self, step: int) -> bool:
+        """Whether a start would try to load it, as far as is known without reading all of it."""
         try:
             with loading.reading(), Folder.open(self._root.step(step)) as folder:
-                manifest.check_sizes(folder, manifest.read(folder))
+                promised = manifest.read(folder)
+                manifest.check_sizes(folder, promised)
         except DamagedError:
             return False
-        return True
+        ours = (promised.step, promised.job_uid) == (step, self._identity.job_uid)
+        return ours and step not in self._bad

@@ -30,8 +30,8 @@ two jobs' checkpoints would resume one from the other. So is a root that has che
 root.json, which somebody else's trainer wrote.
 """
 
-import errno
 import json
+import logging
 import os
 import re
 import secrets
@@ -45,16 +45,15 @@ from typing import Final
 
 from . import manifest
 from .errors import CheckpointConfigError, CheckpointError, DamagedError, FencedError
-from .files import Folder, sync_folder, write_durably
+from .files import REPLACED, Folder, sync_folder, write_durably
+
+logger = logging.getLogger(__name__)
 
 OWNER: Final = "root.json"
 
 _STEP = re.compile(r"\Astep-(0|[1-9][0-9]{0,17})\Z")
 _CLAIM = re.compile(r"\A\.fence-g([0-9]{1,18})-r([0-9]{1,18})-([0-9a-f]{8})\Z")
-_LEFTOVER = re.compile(r"\A\.(?:saving|deleting)-step-[0-9]+-g([0-9]{1,18})-r([0-9]{1,18})-")
-# What the storage says of root.json where somebody has removed or replaced it. Anything else, such
-# as a stale handle, may pass.
-_WRONG = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_LEFTOVER = re.compile(r"\A\.(saving|deleting)-step-[0-9]+-g([0-9]{1,18})-r([0-9]{1,18})-")
 _LISTING_LIMIT = 100_000  # names; a root with more of them is not one of ours
 
 
@@ -146,7 +145,14 @@ class Root:
             raise FencedError(self._sentence(None)) from None
 
     def begin(self, step: int) -> Path:
-        """Create the folder of an unfinished save."""
+        """Create the folder of an unfinished save.
+
+        Raises:
+            CheckpointConfigError, FencedError: this process may not commit; the newer generation
+                needs the space that a save would take.
+            OSError: the file system refused.
+        """
+        self.check()
         folder = self._aside("saving", step)
         os.mkdir(folder)
         return folder
@@ -198,15 +204,38 @@ class Root:
     def clear_leftovers(self) -> None:
         """Delete unfinished saves and deletions of this and of older generations.
 
-        Called only while no save of this process is under way.
+        Called only while no save of this process is under way. An unfinished save has to go, or its
+        maker could commit it; a deletion that can't be finished now can be later.
+
+        Raises:
+            CheckpointConfigError, FencedError: this process may not delete.
+            OSError: the file system refused.
         """
         self.check()
-        for entry in _entries(self.path):
-            match = _LEFTOVER.match(entry.name)
-            mine = match and (int(match[1]), int(match[2])) <= self._age
-            if mine and entry.is_dir(follow_symlinks=False):
-                with suppress(FileNotFoundError):  # its maker renames it just now
-                    _delete(self.path / entry.name)
+        self.finish_deletions()
+        for name in self._leftovers("saving"):
+            with suppress(FileNotFoundError):  # its maker renames it just now
+                _delete(self.path / name)
+
+    def finish_deletions(self) -> None:
+        """Delete what has lost its name and is still there, as far as storage lets us."""
+        for name in self._leftovers("deleting"):
+            try:
+                _delete(self.path / name)
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", name, error)
+
+    def _leftovers(self, verb: str) -> list[str]:
+        """Folders of saves or deletions that this or older generations have begun."""
+        found = ((entry, _LEFTOVER.match(entry.name)) for entry in _entries(self.path))
+        return [
+            entry.name
+            for entry, match in found
+            if match
+            and match[1] == verb
+            and (int(match[2]), int(match[3])) <= self._age
+            and entry.is_dir(follow_symlinks=False)
+        ]
 
     def _aside(self, verb: str, step: int) -> Path:
         unique = secrets.token_hex(4)
@@ -259,7 +288,7 @@ class Root:
                 content = json.loads(folder.small_file(OWNER, 1 << 16))
             owner = content["job_uid"]
         except (DamagedError, ValueError, KeyError, TypeError) as error:
-            if isinstance(trouble := error.__cause__, OSError) and trouble.errno not in _WRONG:
+            if isinstance(trouble := error.__cause__, OSError) and trouble.errno not in REPLACED:
                 raise trouble from error  # of the storage; it says nothing about the content
             raise CheckpointConfigError(
                 f"{self.path / OWNER} can't be read ({error}): if the checkpoints beside it are "
