@@ -12,6 +12,7 @@ from pretrain_api.wire import Order, Phase
 from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.checkpoint.errors import SaveFailedError
 from pretrain_trainer.checkpoint.manager import CheckpointManager, Identity
+from pretrain_trainer.checkpoint.peers import Peers
 from pretrain_trainer.data.loader import build_loader
 from pretrain_trainer.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_trainer.engine import Engine, Whole
@@ -56,7 +57,9 @@ class Trainer:
 
         Raises:
             BadInputError: the newest checkpoint can't continue training.
+            DataError: ranks see different data, or other data than the checkpoint was made with.
         """
+        self._compare_data()
         if self.checkpoints is None:
             return False
         self.supervision.enter(Phase.LOAD, 0)
@@ -75,6 +78,12 @@ class Trainer:
         source = found.initial or (None if found.step is None else f"step-{found.step}")
         logger.info("training starts at step %d, from %s", self.state.step, source or "scratch")
         return False
+
+    def _compare_data(self) -> None:
+        """Make sure that all ranks see the same samples. Collective."""
+        peers, loader = Peers(self.world.control), self.machine.loader
+        first = peers.broadcast(loader.fingerprint)
+        peers.everywhere(lambda: loader.compare(first))
 
     def save_due(self, order: Order) -> bool:
         """Whether a checkpoint is due after the step just finished."""

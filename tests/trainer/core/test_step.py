@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from pretrain_api.wire import Order
 from pretrain_trainer import step as step_module
 from pretrain_trainer.agreement import HASH_MODULUS, agree, count
 from pretrain_trainer.alive import unwatched
+from pretrain_trainer.checkpoint.errors import CheckpointError
+from pretrain_trainer.data.errors import DataError
 from pretrain_trainer.loss import cross_entropy_sum, valid_tokens
 from pretrain_trainer.settings import Place
 from pretrain_trainer.supervision import Supervision
@@ -150,3 +153,29 @@ def test_loss_is_a_sum_over_valid_positions() -> None:
     labels = torch.tensor([[1, 2, -100], [-100, -100, -100]])
     assert cross_entropy_sum(logits, labels).item() == pytest.approx(2 * math.log(8))
     assert valid_tokens(labels) == 2
+
+
+def resumed(*configs: RunConfig) -> str:
+    """Every rank starts with a configuration of its own; returns how that went."""
+    place = Place.from_environment(os.environ)
+    config = configs[place.rank]
+    with joined_world(config, place) as world:
+        try:
+            trainer_of(config, world).resume()
+        except (DataError, CheckpointError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "resumed"
+
+
+def test_no_rank_trains_beside_one_that_sees_other_samples(
+    ranks: Callable[..., Any], run_config: MakeConfig, documents: Path, tmp_path: Path
+) -> None:
+    shorter = tmp_path / "shorter" / documents.name
+    shorter.parent.mkdir()
+    shorter.write_text("".join(documents.read_text().splitlines(keepends=True)[:-1]))
+    first, last = ranks(
+        2, resumed, run_config(), run_config(training={"dataset_path": str(shorter)})
+    )
+    assert last.startswith("DataError: this worker sees other samples than rank 0: data is ")
+    assert first == f"CheckpointError: rank 1 failed: {last}"
+    assert ranks(2, resumed, run_config(), run_config()) == ["resumed"] * 2

@@ -1,5 +1,6 @@
 """Files are cut into documents without losing a byte, found again by number, and checked."""
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pretrain_trainer.alive import Alive
 from pretrain_trainer.data import cache, corpus
 from pretrain_trainer.data.corpus import JSONL, PIECE, TEXT, Corpus, Kind, split_lines, split_text
-from pretrain_trainer.data.errors import DataError
+from pretrain_trainer.data.errors import DataError, DataUnavailableError
 
 
 def array(data: bytes) -> np.ndarray:
@@ -106,7 +107,15 @@ def test_every_block_read_for_the_index_is_a_sign_of_life(
     monkeypatch.setattr(corpus, "BLOCK", 4)
     signs: list[str] = []
     Corpus(str(folder), JSONL, lambda: signs.append("alive"))
-    assert len(signs) == 3 + 2  # of the 9 bytes of b.jsonl, and of the 6 of a.jsonl
+    # Of the 9 bytes of b.jsonl and the 6 of a.jsonl; they are read for the digest, and to be split.
+    assert len(signs) == 2 * (3 + 2)
+
+
+def test_a_long_text_is_cut_with_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BLOCK", PIECE)
+    signs: list[str] = []
+    pieces = split_text(array(b"x" * 10 * PIECE), lambda: signs.append("alive"))
+    assert len(signs) == len(pieces) > 4
 
 
 def test_documents_are_numbered_by_file_name_and_place(folder: Path) -> None:
@@ -152,6 +161,30 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"b\.jsonl: can't be read \(No such file or directory\)"):
         found.read(0)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+def test_storage_that_fails_for_a_moment_needs_no_person(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    found = Corpus(str(folder), JSONL)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        with pytest.raises(DataUnavailableError, match=r"b\.jsonl: can't be read now \("):
+            found.read(0)
+    found.close()
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(DataUnavailableError, match=r"b\.jsonl: can't be read now \("):
+        found.read(0)
+
+
+def test_a_read_that_brings_a_part_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 1), at))
+    assert Corpus(str(folder), JSONL).read(0) == b"b1\n"
 
 
 def test_a_file_that_became_shorter_is_named_with_the_byte(folder: Path) -> None:

@@ -4,9 +4,11 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from pretrain_api.config import Training
 from pretrain_trainer.data import hub
@@ -114,6 +116,41 @@ def test_a_hub_out_of_reach_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) 
         match=r"^allenai/c4: can't be reached now \(Couldn't reach 'allenai/c4' on the Hub\); "
         r"if that lasts, name a local copy in training\.dataset_path$",
     ):
+        HubSource.load(None, 1, None)
+
+
+def answer(status: int) -> HfHubHTTPError:
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return HfHubHTTPError("said no", response=response)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("reason", "passes"),
+    [
+        (answer(429), True),
+        (answer(500), True),
+        (answer(503), True),
+        (LocalEntryNotFoundError("neither there nor here"), True),
+        (TimeoutError(), True),
+        (answer(404), False),
+        (answer(401), False),
+        (KeyError("en"), False),
+    ],
+)
+def test_a_busy_hub_is_not_taken_for_a_missing_data_set(
+    monkeypatch: pytest.MonkeyPatch, reason: Exception, passes: bool
+) -> None:
+    """The library says that there is no such file, whatever the hub said."""
+
+    def look(name: str) -> list[str]:
+        try:
+            raise reason
+        except Exception:
+            raise FileNotFoundError(f"Couldn't find any data file at {name}") from None
+
+    monkeypatch.setattr(hub.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", look)
+    with pytest.raises(DataUnavailableError if passes else DataError, match="Couldn't find any"):
         HubSource.load(None, 1, None)
 
 

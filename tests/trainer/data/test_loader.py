@@ -331,3 +331,15 @@ def test_closing_ends_the_thread(make_config: MakeConfig, tokenizer: Tokenizer) 
 def test_an_uneven_batch_is_refused(make_config: MakeConfig, tokenizer: Tokenizer) -> None:
     with pytest.raises(MeshError, match=r"training\.global_batch_size"):
         build_loader(make_config(), tokenizer, dp_rank=0, dp_degree=3)
+
+
+def test_ranks_that_see_other_samples_say_what_differs(
+    make_config: MakeConfig, write_jsonl: Callable[[Iterable[str]], Path], tokenizer: Tokenizer
+) -> None:
+    config = make_config(dataset_path=str(write_jsonl(["one", "two"])))
+    first = build_loader(config, tokenizer, dp_rank=0, dp_degree=2)
+    write_jsonl(["one", "two", "three"])
+    second = build_loader(config, tokenizer, dp_rank=1, dp_degree=2)
+    first.compare(first.fingerprint)
+    with pytest.raises(DataError, match=r"samples than rank 0: data is \w+ there and \w+ here;"):
+        second.compare(first.fingerprint)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.cache import cached
-from pretrain_trainer.data.errors import DataError
+from pretrain_trainer.data.errors import DataError, unread
 
 PIECE = 16 * 1024  # bytes of a text file that make a document
 BLOCK = 16 * 2**20  # bytes scanned at a time
@@ -35,7 +35,7 @@ OPEN_FILES = 128  # kept open for reading
 
 Starts = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-Splitter = Callable[[Bytes], Starts]
+Splitter = Callable[[Bytes, Alive], Starts]
 
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 _NEWLINE, _RETURN = 10, 13
@@ -84,7 +84,10 @@ class Corpus:
         """The bytes of a document; raises DataError if its file has become shorter since."""
         file, start, end = self._span(document)
         descriptor = self._descriptor(file)
-        data = os.pread(descriptor, end - start, start)
+        data = b""
+        with _readable(self.files[file]):  # which may give less than is asked for
+            while more := os.pread(descriptor, end - start - len(data), start + len(data)):
+                data += more
         if len(data) < end - start:
             raise DataError(
                 f"{self.files[file]}: has {os.fstat(descriptor).st_size} bytes, but had "
@@ -150,25 +153,33 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[tuple[str, Path]]:
     return visible
 
 
-def split_lines(data: Bytes) -> Starts:
+def split_lines(data: Bytes, alive: Alive = unwatched) -> Starts:
     """Where each line starts that isn't empty."""
-    newlines = [
-        np.flatnonzero(data[at : at + BLOCK] == _NEWLINE) + at for at in range(0, len(data), BLOCK)
-    ]
-    starts = np.concatenate([np.zeros(1, np.int64), *(found + 1 for found in newlines)])
-    starts = starts[starts < len(data)]
+    found = [_filled_lines(data, np.zeros(min(1, len(data)), np.int64))]
+    for at in range(0, len(data), BLOCK):
+        starts = np.flatnonzero(data[at : at + BLOCK] == _NEWLINE) + at + 1
+        found.append(_filled_lines(data, starts[starts < len(data)]))
+        alive()
+    return np.concatenate(found)
+
+
+def _filled_lines(data: Bytes, starts: Starts) -> Starts:
+    """Those of the lines at ``starts`` that hold more than the end of a line."""
     first = data[starts]
     last = starts + 1 == len(data)
     second = np.where(last, _NEWLINE, data[np.where(last, starts, starts + 1)])
     return starts[(first != _NEWLINE) & ((first != _RETURN) | (second != _NEWLINE))]
 
 
-def split_text(data: Bytes) -> Starts:
+def split_text(data: Bytes, alive: Alive = unwatched) -> Starts:
     """Where each piece starts: at 0, and where :func:`_next_piece` says."""
-    view, starts, start = data.data, [], 0
+    view, starts, start, told = data.data, [], 0, 0
     while start < len(data):
         starts.append(start)
         start = _next_piece(view, start)
+        if start - told >= BLOCK:
+            alive()
+            told = start
     return np.array(starts, np.int64)
 
 
@@ -209,7 +220,7 @@ def _index(files: list[tuple[str, Path]], kind: Kind, alive: Alive) -> Starts:
         for at in range(0, len(data), BLOCK):
             digest.update(data[at : at + BLOCK].data)
             alive()
-        starts.append(kind.split(data))
+        starts.append(kind.split(data, alive))
     counts = np.array([len(found) for found in starts], np.int64)
     return np.concatenate([np.frombuffer(digest.digest(), np.int64), counts, *starts])
 
@@ -236,7 +247,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); mend the file") from error
+        raise unread(str(path), error, "mend the file") from error
 
 
 def _blocks(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:

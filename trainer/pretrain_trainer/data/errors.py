@@ -1,5 +1,13 @@
 """What can go wrong with data, sorted by whether trying again can help."""
 
+import errno
+
+# What storage says where a person has to do something; anything else, as a stale handle, may pass.
+_LASTING = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 class DataError(ValueError):
     """The data set, the tokenizer or the configuration has to be changed by a person.
@@ -10,3 +18,11 @@ class DataError(ValueError):
 
 class DataUnavailableError(RuntimeError):
     """The data can't be reached now; another attempt may succeed."""
+
+
+def unread(path: str, error: OSError, remedy: str) -> DataError | DataUnavailableError:
+    """The error for a file that storage doesn't give out; ``remedy`` is for people."""
+    said = error.strerror or str(error)
+    if error.errno in _LASTING:
+        return DataError(f"{path}: can't be read ({said}); {remedy}")
+    return DataUnavailableError(f"{path}: can't be read now ({said})")

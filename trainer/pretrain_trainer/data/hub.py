@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import datasets
 from datasets import config as hub
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from pretrain_trainer.alive import Alive, unwatched
 from pretrain_trainer.data.errors import DataError, DataUnavailableError
@@ -28,6 +29,7 @@ from pretrain_trainer.data.sources import Document
 C4 = "allenai/c4"
 CONFIG = "en"
 SPLIT = "train"
+TOO_MANY, SERVER_ERROR = 429, 500  # statuses of HTTP
 
 Record = Mapping[str, Any]
 
@@ -172,12 +174,27 @@ def _explain(name: str, error: Exception) -> DataError | DataUnavailableError:
     """One sentence for what the libraries below raise, which is documented nowhere.
 
     What isn't there or can't be parsed needs a person; anything else is taken for the network's
-    fault, which passes, unless the network was forbidden.
+    fault, which passes, unless the network was forbidden. A hub that is busy or broken ends as a
+    file that wasn't found: the reason is further down.
     """
     cause = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (FileNotFoundError, ValueError)):
+    lasting = isinstance(error, (FileNotFoundError, ValueError))
+    if lasting and not any(_is_hubs_fault(each) for each in _chain(error)):
         return DataError(f"training.dataset_path: {name}: {cause}; name a data set that exists")
     advice = "name a local copy in training.dataset_path"
     if hub.HF_HUB_OFFLINE:
         return DataError(f"{name}: HF_HUB_OFFLINE forbids to fetch it; {advice}, or unset that")
     return DataUnavailableError(f"{name}: can't be reached now ({cause}); if that lasts, {advice}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was raised for or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_hubs_fault(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code == TOO_MANY or error.response.status_code >= SERVER_ERROR
+    return isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))

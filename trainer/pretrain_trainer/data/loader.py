@@ -121,12 +121,28 @@ class Loader:
         """
         return torch.tensor([self._cursors[stream] for stream in self._own], dtype=torch.int64)
 
+    def compare(self, first: str) -> None:
+        """Make sure that this rank sees the samples that rank 0 sees, whose fingerprint is given.
+
+        Raises DataError if it doesn't: samples would be missed or repeated, and ranks that compute
+        one together would each take another.
+        """
+        if changed := _differences(first, self.fingerprint, "{} is {} there and {} here"):
+            raise DataError(
+                f"this worker sees other samples than rank 0: {changed}; give all workers the same "
+                "files, as on a shared volume"
+            )
+
     def load_cursors(self, all_cursors: Tensor, fingerprint: str) -> None:
         """Go on from the cursors of all streams: int64 [streams, 2].
 
         Raises DataError if they were saved with other data or another way to cut it.
         """
-        _check_fingerprint(saved=fingerprint, current=self.fingerprint)
+        if changed := _differences(fingerprint, self.fingerprint, "{} was {} and is {}"):
+            raise DataError(
+                f"the checkpoint was made with other samples: {changed}; "
+                "put it back, or start a new run and load only the model from the checkpoint"
+            )
         if tuple(all_cursors.shape) != (self.streams, 2):
             raise DataError(
                 f"the checkpoint holds cursors of shape {tuple(all_cursors.shape)} for "
@@ -195,16 +211,9 @@ def _fingerprint(parts: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in sorted(parts.items()))
 
 
-def _check_fingerprint(saved: str, current: str) -> None:
-    """Name what differs, so that a person can put it back."""
-    before, now = (dict(part.split("=", 1) for part in text.split()) for text in (saved, current))
-    changed = [
-        f"{key} was {before.get(key, 'absent')} and is {now.get(key, 'absent')}"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise DataError(
-            f"the checkpoint was made with other samples: {'; '.join(changed)}; "
-            "put it back, or start a new run and load only the model from the checkpoint"
-        )
+def _differences(one: str, other: str, words: str) -> str:
+    """What two fingerprints don't have in common, in ``words`` about key and both values."""
+    a, b = (dict(part.split("=", 1) for part in text.split()) for text in (one, other))
+    changed = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
+    said = (words.format(key, a.get(key, "absent"), b.get(key, "absent")) for key in changed)
+    return "; ".join(said)

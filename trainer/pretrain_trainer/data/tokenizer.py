@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Engine
 
-from pretrain_trainer.data.errors import DataError
+from pretrain_trainer.data.errors import DataError, unread
 
 TOKENIZER = "tokenizer.json"
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")  # the first that knows a token wins
@@ -101,7 +101,9 @@ def _load_json(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise unread(str(path), error, "fetch it again") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: can't be read ({error}); fetch it again") from error
 
 
