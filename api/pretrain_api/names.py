@@ -73,4 +73,5 @@ ENV_BOARD: Final = "PRETRAIN_BOARD"  # path of the shared-memory board
 ENV_GENERATION: Final = "PRETRAIN_GENERATION"
 ENV_ROUND: Final = "PRETRAIN_ROUND"
 ENV_NONCE: Final = "PRETRAIN_NONCE"
+ENV_SAVED_STEP: Final = "PRETRAIN_SAVED_STEP"  # of a checkpoint that must be there; absent: none
 ENV_TERMINAL: Final = "PRETRAIN_TERMINAL"  # "1" when a person watches the supervisor's output

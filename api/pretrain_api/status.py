@@ -109,6 +109,8 @@ class AssignmentStatus(Tolerant):
     """Members of the present generation, by index."""
     created: datetime | None = None
     """When the present generation was decided."""
+    saved_step: int | None = None
+    """Optimizer step of the newest checkpoint at that time."""
     not_before: datetime | None = None
     """When missing pods may be created: the end of the wait after a failure."""
     announced: datetime | None = None

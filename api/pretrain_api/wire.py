@@ -88,8 +88,9 @@ class Assignment(Wire):
     ``generation`` grows with every change of membership; a worker ignores anything older than what
     it has seen. ``leader`` is ``host:port`` of the meeting point, in the pod of rank 0. ``rank`` is
     None for a pod that has no place in this generation and should wait. ``nonce`` is the word
-    without which nobody joins the meeting; whoever may read the pod knows it. Within one generation
-    only ``orders`` and ``hang`` change.
+    without which nobody joins the meeting; whoever may read the pod knows it. ``saved_step`` is the
+    step of a checkpoint that was committed before. Within one generation only ``orders`` and
+    ``hang`` change.
     """
 
     generation: Annotated[int, Field(ge=1)]
@@ -97,6 +98,7 @@ class Assignment(Wire):
     size: Annotated[int, Field(ge=1)]
     leader: str
     nonce: str
+    saved_step: int | None = None
     orders: Order = Order.NONE
     hang: HangDeadlines | None = None
 

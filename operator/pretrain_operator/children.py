@@ -131,6 +131,7 @@ def assignment_for(seen: Observation, member: Member) -> str | None:
         size=len(assignment.workers),
         leader=assignment.leader,
         nonce=assignment.nonce,
+        saved_step=assignment.saved_step,
         orders=assignment.order,
         hang=_hang_deadlines(seen, member),
     ).to_json()

@@ -139,6 +139,7 @@ def with_generation(
         in_place_before=_in_place_before(seen, status, workers[0]),
         workers=workers,
         created=seen.now,
+        saved_step=status.checkpoint.step if status.checkpoint else None,
         not_before=not_before,
         grow_after=grow_after,
         releases=releases,

@@ -98,6 +98,16 @@ def test_every_round_has_a_store_of_its_own(ends: tuple[Link, Supervisor]) -> No
     assert environment == told
 
 
+def test_ranks_know_which_checkpoint_must_be_there(ends: tuple[Link, Supervisor]) -> None:
+    link, supervisor = ends
+    environment: dict[str, str] = {}
+    rendezvous = Rendezvous(link, environment)
+    for saved, told in ((500, "500"), (0, "0"), (None, None)):
+        supervisor.say(START.model_copy(update={"saved_step": saved}))
+        rendezvous.next_rendezvous()
+        assert environment.get(names.ENV_SAVED_STEP) == told
+
+
 def test_an_order_to_stop_from_before_a_start_does_not_stop_it(
     ends: tuple[Link, Supervisor],
 ) -> None:

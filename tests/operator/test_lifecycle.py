@@ -218,6 +218,20 @@ async def test_a_new_checkpoint_forgives(bench: Bench) -> None:
     assert bench.condition(names.FAILED) == ("True", "BackoffLimitExceeded")
 
 
+async def test_a_new_generation_is_told_which_checkpoint_must_be_there(bench: Bench) -> None:
+    await bench.submit()
+    await bench.train()
+    assert bench.told("llama-0-1").saved_step is None
+    for step in (10, 20):
+        report = CHECKPOINT.model_copy(update={"step": step})
+        bench.report(Progress(step=step, steps=100, checkpoint=report))
+        bench.cluster.advance(11)
+        await bench.settle()
+    assert bench.told("llama-0-1").saved_step is None  # nobody is told anew within a generation
+    await bench.crash()
+    assert {bench.told(name).saved_step for name in bench.member_pods()} == {20}
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [(ExitCode.CONFIG, "InvalidConfiguration"), (ExitCode.DO_NOT_RETRY, "DoNotRetry")],

@@ -47,6 +47,7 @@ class Start(Wire):
     host: str
     port: int
     nonce: str
+    saved_step: int | None = None  # see Assignment
 
 
 class Regroup(Wire):

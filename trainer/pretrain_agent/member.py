@@ -126,5 +126,6 @@ class Member:
             host=leader_address(assignment)[0],
             port=go.port,
             nonce=assignment.nonce,
+            saved_step=assignment.saved_step,
         )
         return [start]

@@ -129,6 +129,9 @@ class Rendezvous(RendezvousHandler):
         self._environment[names.ENV_GENERATION] = str(command.generation)
         self._environment[names.ENV_ROUND] = str(command.round)
         self._environment[names.ENV_NONCE] = command.nonce
+        self._environment.pop(names.ENV_SAVED_STEP, None)
+        if command.saved_step is not None:
+            self._environment[names.ENV_SAVED_STEP] = str(command.saved_step)
         store_info = RendezvousStoreInfo(command.host, command.port)
         # torch's annotation asks for its C++ store, its code for what ExitBarrier has
         barrier: object = ExitBarrier(self._link)

@@ -18,6 +18,7 @@ class Place:
     ``generation`` grows with every new world of a job, ``round`` counts restarts within one.
     ``namespace`` is set in a cluster, where generations count from 1; elsewhere each is a new
     start by a person. ``board`` is the path of the shared memory the supervisor watches.
+    ``saved_step`` is the step of a checkpoint that was committed before this generation.
     """
 
     rank: int = 0
@@ -30,6 +31,7 @@ class Place:
     nonce: str = ""
     job_uid: str = ""
     namespace: str = ""
+    saved_step: int | None = None
 
     @property
     def first_start(self) -> bool:
@@ -40,6 +42,7 @@ class Place:
     def from_environment(cls, environment: Mapping[str, str]) -> "Place":
         """Read torchrun's and the agent's variables; all have defaults."""
         board = environment.get(names.ENV_BOARD)
+        saved = environment.get(names.ENV_SAVED_STEP)
         return cls(
             rank=int(environment.get("RANK", 0)),
             local_rank=int(environment.get("LOCAL_RANK", 0)),
@@ -51,6 +54,7 @@ class Place:
             nonce=environment.get(names.ENV_NONCE, ""),
             job_uid=environment.get(names.ENV_JOB_UID, ""),
             namespace=environment.get(names.ENV_NAMESPACE, ""),
+            saved_step=int(saved) if saved else None,
         )
 
 

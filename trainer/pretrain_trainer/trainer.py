@@ -200,9 +200,16 @@ def build_trainer(config: RunConfig, world: World, supervision: Supervision) -> 
         mesh=world.mesh,
         control=world.control,
     )
-    telemetry = Telemetry(config, world, model, supervision.known_progress())
-    made_with = fingerprint(model, tokenizer, config)
-    checkpoints = open_checkpoints(config, world.place, made_with, world.control, supervision.alive)
+    known = supervision.known_progress()
+    telemetry = Telemetry(config, world, model, known)
+    checkpoints = open_checkpoints(
+        config,
+        world.place,
+        fingerprint(model, tokenizer, config),
+        world.control,
+        supervision.alive,
+        saved_step=known.checkpoint.step if known.checkpoint else world.place.saved_step,
+    )
     return Trainer(config, world, machine, supervision, telemetry, checkpoints)
 
 
@@ -239,8 +246,9 @@ def open_checkpoints(
     made_with: dict[str, str],
     control: dist.ProcessGroup | None = None,
     alive: Alive = unwatched,
+    saved_step: int | None = None,
 ) -> CheckpointManager | None:
-    """The run's checkpoints, if they are enabled.
+    """The run's checkpoints, if they are enabled; of ``saved_step`` there was one.
 
     Options that choose where a run begins apply to its first start only: restarted after a failure,
     it goes on from where it was, or it would never get anywhere.
@@ -268,4 +276,5 @@ def open_checkpoints(
         alive=alive,
         recovering=not place.first_start,
         began=None if place.namespace else place.generation,
+        saved_step=saved_step,
     )

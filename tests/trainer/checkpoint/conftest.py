@@ -93,6 +93,7 @@ def _manager_maker(root: Path) -> MakeManager:
         attempt: int = 0,
         recovering: bool = False,
         began: int | None = None,
+        saved_step: int | None = None,
         **config: Any,
     ) -> CheckpointManager:
         identity = Identity(uid, generation, nonce, fingerprint or {}, attempt)
@@ -105,6 +106,7 @@ def _manager_maker(root: Path) -> MakeManager:
             group,
             recovering=recovering,
             began=began,
+            saved_step=saved_step,
             chunk_bytes=chunk_bytes,
         )
 

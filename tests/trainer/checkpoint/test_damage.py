@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pretrain_trainer.checkpoint import manifest
 from pretrain_trainer.checkpoint.errors import (
     CheckpointConfigError,
+    CheckpointError,
     DamagedError,
     NothingGoodError,
     UnreadableError,
@@ -226,6 +227,16 @@ def test_nothing_good_is_no_fresh_start(root, manager_at, state):
         flip(root / f"step-{step}" / ".metadata", 800)
     with pytest.raises(NothingGoodError, match=r"step-20: \.metadata is damaged .* start afresh"):
         manager_at(root)(generation=2).load(without_ledger(state(0)))
+
+
+def test_an_empty_volume_is_no_fresh_start_where_there_were_checkpoints(
+    manager_at, state, root, tmp_path
+):
+    empty = manager_at(tmp_path / "empty")(generation=7, recovering=True, saved_step=500)
+    with pytest.raises(CheckpointError, match="no checkpoint, but step-500 was") as caught:
+        empty.load(state(0))
+    assert not isinstance(caught.value, (HopelessError, BadInputError))  # it may be mounted later
+    assert manager_at(root)(generation=2, saved_step=500).load(without_ledger(state(0))).step == 20
 
 
 def test_what_was_never_committed_does_not_prevent_a_fresh_start(manager, state, tmp_path):

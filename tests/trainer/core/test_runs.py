@@ -317,6 +317,8 @@ def test_a_model_of_equal_shapes_but_another_meaning_is_refused(
 def test_place_without_torchrun_and_agent() -> None:
     place = Place.from_environment({})
     assert (place.rank, place.world_size, place.board, place.first_start) == (0, 1, None, True)
+    assert place.saved_step is None
+    assert Place.from_environment({names.ENV_SAVED_STEP: "0"}).saved_step == 0
 
 
 @pytest.mark.parametrize(

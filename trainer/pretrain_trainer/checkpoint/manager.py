@@ -49,6 +49,7 @@ from pretrain_trainer.alive import Alive, unwatched
 from . import loading, manifest, planning
 from .errors import (
     CheckpointConfigError,
+    CheckpointError,
     DamagedError,
     NothingGoodError,
     SaveFailedError,
@@ -100,6 +101,8 @@ class CheckpointManager:
         began: the generation in which a run begins that finds checkpoints of earlier runs in its
             root; None where a root belongs to one run. Until this generation has committed a
             checkpoint, a recovery is as good as a beginning.
+        saved_step: the run has committed a checkpoint of this step, as rank 0 knows; so a root
+            without any has lost what was in it.
         chunk_bytes: how much one digest covers.
     """
 
@@ -113,11 +116,13 @@ class CheckpointManager:
         alive: Alive = unwatched,
         recovering: bool = False,
         began: int | None = None,
+        saved_step: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._config = config
         self._recovering = recovering
         self._began = began
+        self._saved_step = saved_step
         self._excluded: tuple[str, ...] = ()  # sections of our own steps that are not loaded
         self._identity = identity
         self._root = Root(root, identity)
@@ -182,6 +187,7 @@ class CheckpointManager:
             NothingGoodError: there are committed checkpoints, but none is good. Tensors may have
                 been filled from one that turned out to be damaged: don't train with them.
             UnreadableError: the same, but storage didn't give some of them out: it may pass.
+            CheckpointError: there are none any more.
             CheckpointConfigError: root, step or model don't fit this job, or training on would run
                 into newer checkpoints that are there already.
             FencedError: a newer generation holds the root.
@@ -262,7 +268,13 @@ class CheckpointManager:
 
     def _candidates(self, asked: int) -> list[int]:
         def look() -> list[int]:
-            return self._root.steps() if self._root.path.is_dir() else []
+            found = self._root.steps() if self._root.path.is_dir() else []
+            if not found and self._saved_step is not None:
+                raise CheckpointError(
+                    f"{self._root.path} has no checkpoint, but step-{self._saved_step} was "
+                    "committed there: bring back the volume's content; a new job starts afresh"
+                )
+            return found
 
         steps = self._peers.first(look)
         if asked >= 0 and asked not in steps:
