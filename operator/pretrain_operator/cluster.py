@@ -100,7 +100,7 @@ class TakenError(RefusedError):
 class Cluster(Protocol):
     """What the operator needs of a cluster. ``namespace`` is empty for nodes.
 
-    What writing a pod returns is its metadata alone: nobody needs the rest of so large an object.
+    What writing returns is metadata alone, but for jobs and Leases: nobody needs the rest.
     All verbs raise ClusterError or one of its kinds.
     """
 
@@ -315,12 +315,12 @@ class HttpCluster:
 
 async def _read_whole(answer: RESTResponse) -> Body:
     """The body of an answer. Raises one of the errors above if it says no."""
-    text = (await answer.read()).decode(errors="replace")
-    wait = str(answer.headers.get("Retry-After", ""))
+    data = await answer.read()
     if not 200 <= answer.status <= 299:
-        raise error_of(answer.status, text, wait)
+        wait = str(answer.headers.get("Retry-After", ""))
+        raise error_of(answer.status, data.decode(errors="replace"), wait)
     try:
-        return from_json(text)
+        return from_json(data)
     except ValueError as error:
         raise ClusterError(f"the answer is no JSON: {error}", answer.status) from error
 
@@ -341,7 +341,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def _answer_wanted(kind: Kind) -> str:
-    return METADATA if kind is Kind.POD else "application/json"
+    return "application/json" if kind in (Kind.JOB, Kind.LEASE) else METADATA
 
 
 def _in_cluster() -> bool:

@@ -4,6 +4,7 @@ Counters carry no job name: they would outlive their job. Gauges of a job do, an
 are in a registry that the process makes, so that two operators in one test don't share numbers.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -167,7 +168,8 @@ class Metrics:
             self._desired,
             self._in_place,
         ):
-            gauge.remove_by_labels({"namespace": namespace, "job": name})
+            with suppress(KeyError):  # never shown
+                gauge.remove(namespace, name)
 
     def count_restarts(self, before: JobStatus, after: JobStatus) -> None:
         """Count the restarts that a status written ahead has added."""

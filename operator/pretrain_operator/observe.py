@@ -18,7 +18,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from pretrain_api import names
-from pretrain_api.job import ObjectMeta, PretrainJob
+from pretrain_api.job import JobSpec, ObjectMeta, PretrainJob
 from pretrain_api.status import JobStatus, Member
 from pretrain_api.wire import TerminationMessage, WorkerStatus
 from pretrain_operator.border import read_termination_message
@@ -200,8 +200,10 @@ class Job:
     wishes: Wishes
 
 
-def parse_job(body: Json) -> Job:
+def parse_job(body: Json, spec: JobSpec | None = None) -> Job:
     """Parse a stored PretrainJob; an invalid spec becomes ``problems``, one sentence each.
+
+    ``spec`` is what its spec was parsed to before, in the same generation of the object.
 
     Raises pydantic.ValidationError if metadata or status are broken: the schema at the API server
     keeps both whole, and guessing at the operator's own memory would be worse than stopping.
@@ -210,6 +212,7 @@ def parse_job(body: Json) -> Job:
     status = JobStatus.model_validate(body.get("status") or {})
     try:
         stored = {key: body[key] for key in ("apiVersion", "kind", "spec") if key in body}
+        stored |= {"spec": spec} if spec else {}
         job = PretrainJob.model_validate(stored | {"metadata": body.get("metadata", {})})
         problems = ()
     except ValidationError as error:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pretrain_api import names
+from pretrain_api.job import JobSpec
 from pretrain_api.status import JobStatus
 from pretrain_operator.apply import Outcome, apply
 from pretrain_operator.cluster import Body, Cluster, Kind, NotFoundError
@@ -55,6 +56,7 @@ class Reconciler:
         self._metrics = metrics
         self._clock = clock
         self._wrote: dict[Key, datetime] = {}  # the status; of jobs that have numbers
+        self._specs: dict[Key, tuple[object, JobSpec]] = {}  # with the version each was parsed of
         self._failed: set[Key] = set()  # whose last round did, or was refused something
 
     async def reconcile(self, key: Key) -> float | None:
@@ -75,8 +77,9 @@ class Reconciler:
         if body is None:
             self._metrics.forget(namespace, name)
             self._wrote.pop(key, None)
+            self._specs.pop(key, None)
             return Outcome(None)
-        job = parse_job(body)
+        job = self._parse(key, body)
         pods = await gather_pods(self._cluster, job, self._cached_pods(key))
         answers = await self._ask(job, pods)
         seen = await gather(
@@ -99,6 +102,15 @@ class Reconciler:
         )
         self._remember(key, decided.status or seen.status, seen.now if outcome.wrote else None)
         return outcome
+
+    def _parse(self, key: Key, body: Body) -> Job:
+        """Parse the job; its spec, whose rules take longest, only once in each generation."""
+        version = (body["metadata"].get("uid"), body["metadata"].get("generation"))
+        known = self._specs.get(key)
+        job = parse_job(body, known[1] if known and known[0] == version else None)
+        if job.job is not None:
+            self._specs[key] = (version, job.job.spec)
+        return job
 
     def _patience(self, key: Key, seen: Observation) -> float:
         """Seconds for which numbers alone are not to be written.
