@@ -94,10 +94,17 @@ class PodCache:
         }
 
     def amend(self, meta: Mapping[str, Any]) -> None:
-        """This is the metadata of a pod, unless something newer is known."""
+        """This is the metadata of a pod, after a write of ours, unless something newer is known.
+
+        What somebody else has done to it is left to the watch, so that it causes a round.
+        """
         known = self._known(meta["uid"])
-        if known is not None and reached(meta["resourceVersion"], known.version):
-            self._pods[self._jobs[known.uid]][known.uid] = with_metadata(known, meta)
+        if known is None or not reached(meta["resourceVersion"], known.version):
+            return
+        now = with_metadata(known, meta)
+        ours = replace(known, version=now.version, assignment=now.assignment, reminded=now.reminded)
+        if now == ours:
+            self._pods[self._jobs[known.uid]][known.uid] = now
 
     def drop(self, uid: str) -> None:
         """This pod is gone."""

@@ -194,8 +194,9 @@ def alive(pid: int) -> bool:
 class Fleet:
     """All supervisors of a test run, and how far generations have got."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, memory: Path) -> None:
         self.folder = folder
+        self.memory = memory  # where worlds keep their state
         self.output = folder / "output"  # the volume of all
         self.idle: list[Worker] = []
         self.generation = 0
@@ -369,19 +370,20 @@ class World:
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    created = Fleet(tmp_path_factory.mktemp("fleet"))
-    try:
-        yield created
-    finally:
-        created.close()
+    # In memory: a step that waits for a busy disk is a rank that hangs. Ranks that are about to be
+    # stopped still write after their test.
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pretrain-toy-") as memory:
+        created = Fleet(tmp_path_factory.mktemp("fleet"), Path(memory))
+        try:
+            yield created
+        finally:
+            created.close()
 
 
 @pytest.fixture
 def world(fleet: Fleet) -> Iterator[World]:
-    # In memory: a step that waits for a busy disk is a rank that hangs.
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pretrain-toy-") as state:
-        created = World(Path(state), fleet)
-        try:
-            yield created
-        finally:
-            fleet.give_back(created.workers.values())
+    created = World(Path(tempfile.mkdtemp(dir=fleet.memory)), fleet)
+    try:
+        yield created
+    finally:
+        fleet.give_back(created.workers.values())

@@ -63,6 +63,11 @@ def test_only_news_is_reported(tmp_path: Path) -> None:
     assert file.poll() == patient
     path.write_text(assignment(4, rank=None).to_json())
     assert file.poll() == assignment(4, rank=None)
+    path.write_text(assignment(5, saved_step=7).to_json())
+    assert file.poll() == assignment(5, saved_step=7)
+    older = assignment(5, orders=Order.PAUSE)  # by an operator that was rolled back
+    path.write_text(older.to_json())
+    assert file.poll() == older
 
 
 def test_a_newer_operators_fields_are_ignored(tmp_path: Path) -> None:

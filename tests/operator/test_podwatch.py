@@ -329,6 +329,18 @@ async def test_metadata_changes_nothing_else() -> None:
     cache.amend({"uid": "of nobody", "resourceVersion": "1"})
 
 
+async def test_what_others_did_is_news_though_our_own_write_showed_it_first() -> None:
+    source, cache = Source(), PodCache()
+    cache.put(await source.create("llama-0-1"))
+    leaving = {"deletionTimestamp": "2026-01-01T00:00:30Z", "deletionGracePeriodSeconds": 30}
+    told = {"metadata": {"annotations": {names.ANNOTATION_ASSIGNMENT: "word"}, **leaving}}
+    source.cluster.edit(Kind.POD, "llama-0-1", told)
+    body = source.cluster.pods()[0]
+    cache.amend(body["metadata"])
+    assert cache.put(body)
+    assert [(pod.assignment, pod.leaving) for pod in cache(KEY)] == [("word", True)]
+
+
 async def test_an_answer_that_comes_after_the_end_brings_nothing_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

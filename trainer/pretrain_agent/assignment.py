@@ -58,7 +58,8 @@ def _succeeds(found: Assignment, current: Assignment | None) -> bool:
     if found.generation < current.generation:
         log.warning("ignored generation %d, seen %d", found.generation, current.generation)
         return False
-    changeable = {"orders": Order.NONE, "hang": None}
+    # An operator that is older than the one which began the generation doesn't know the last.
+    changeable = {"orders": Order.NONE, "hang": None, "saved_step": None}
     if found.model_copy(update=changeable) == current.model_copy(update=changeable):
         return found != current
     log.warning("ignored a different assignment in the same generation %d", found.generation)

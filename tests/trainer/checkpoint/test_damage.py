@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from pretrain_trainer.checkpoint import manifest
 from pretrain_trainer.checkpoint.errors import (
     CheckpointConfigError,
-    CheckpointError,
     DamagedError,
     NothingGoodError,
+    SaveFailedError,
     UnreadableError,
+    VanishedError,
 )
 from pretrain_trainer.checkpoint.verify import verified
 from pretrain_trainer.errors import BadInputError, HopelessError
@@ -213,6 +214,31 @@ def test_storage_that_gives_out_nothing_now_may_be_tried_again(root, manager_at,
     assert (report.step, report.skipped) == (20, ())
 
 
+def test_a_good_step_that_can_not_be_read_now_is_not_replaced(root, manager_at, state, stale):
+    again = manager_at(root)(generation=2)
+    with pytest.raises(SaveFailedError, match="step-20 exists and can't be read now"):
+        again.save(20, without_ledger(state(21)))
+    stale.undo()
+    assert verified(root / "step-20").generation == 1
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_initial_weights_that_may_not_be_read_need_a_person(
+    root, manager_at, state, tmp_path, monkeypatch, number
+):
+    made = manager_at(tmp_path / "new")(initial_load_path=str(root / "step-20"))
+    real = os.open
+
+    def refuse(path: object, *rest: object, **options: object) -> int:
+        if str(path).endswith("step-20"):
+            raise OSError(number, os.strerror(number))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointConfigError, match="initial_load_path can't be loaded"):
+        made.load(without_ledger(state(0)))
+
+
 def test_initial_weights_that_can_not_be_read_now_may_be_tried_again(
     root, manager_at, state, tmp_path, stale
 ):
@@ -233,9 +259,12 @@ def test_an_empty_volume_is_no_fresh_start_where_there_were_checkpoints(
     manager_at, state, root, tmp_path
 ):
     empty = manager_at(tmp_path / "empty")(generation=7, recovering=True, saved_step=500)
-    with pytest.raises(CheckpointError, match="no checkpoint, but step-500 was") as caught:
+    with pytest.raises(VanishedError, match="no checkpoint, but step-500 was") as caught:
         empty.load(state(0))
     assert not isinstance(caught.value, (HopelessError, BadInputError))  # it may be mounted later
+    (tmp_path / "empty" / "step-500").mkdir()  # its content is being copied back
+    with pytest.raises(VanishedError):
+        empty.load(state(0))
     assert manager_at(root)(generation=2, saved_step=500).load(without_ledger(state(0))).step == 20
 
 

@@ -36,6 +36,10 @@ class UncommittedError(DamagedError):
     """A folder has the name of a checkpoint, but the manifest that would make it one is missing."""
 
 
+class VanishedError(CheckpointError):
+    """Checkpoints were committed and none is there: going on would silently start afresh."""
+
+
 class NothingGoodError(CheckpointError, HopelessError):
     """Committed checkpoints exist, but all are damaged: going on would silently start afresh."""
 
@@ -50,6 +54,7 @@ BY_NAME: dict[str, type[CheckpointError]] = {
         DamagedError,
         UnreadableError,
         UncommittedError,
+        VanishedError,
         NothingGoodError,
     )
 }

@@ -40,6 +40,8 @@ _THREADS = min(4, os.cpu_count() or 1)
 # What the storage says of a file that somebody has removed or replaced. Anything else, such as a
 # stale handle, may pass.
 REPLACED: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+# And of one that this process may never read.
+_LASTING = (*REPLACED, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -59,7 +61,7 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 
 def unread(what: str, error: OSError) -> DamagedError:
     """The error for something that could not be read: whether it is to blame, or the storage."""
-    kind = DamagedError if error.errno in REPLACED else UnreadableError
+    kind = DamagedError if error.errno in _LASTING else UnreadableError
     return kind(f"{what}: {error.strerror or error}")
 
 

@@ -49,12 +49,12 @@ from pretrain_trainer.alive import Alive, unwatched
 from . import loading, manifest, planning
 from .errors import (
     CheckpointConfigError,
-    CheckpointError,
     DamagedError,
     NothingGoodError,
     SaveFailedError,
     UncommittedError,
     UnreadableError,
+    VanishedError,
 )
 from .files import CHUNK_BYTES, Folder
 from .manifest import Manifest
@@ -187,7 +187,7 @@ class CheckpointManager:
             NothingGoodError: there are committed checkpoints, but none is good. Tensors may have
                 been filled from one that turned out to be damaged: don't train with them.
             UnreadableError: the same, but storage didn't give some of them out: it may pass.
-            CheckpointError: there are none any more.
+            VanishedError: there are none any more.
             CheckpointConfigError: root, step or model don't fit this job, or training on would run
                 into newer checkpoints that are there already.
             FencedError: a newer generation holds the root.
@@ -218,6 +218,7 @@ class CheckpointManager:
                 f"no good checkpoint is left in {self._root.path} ({reasons}): restore one, or set "
                 "checkpoint.folder to a new folder to start afresh"
             )
+        self._peers.first(self._expect_nothing)
         return LoadReport(None, tuple(skipped), initial=self._load_initial(state))
 
     def prune(self) -> list[int]:
@@ -257,6 +258,8 @@ class CheckpointManager:
         try:
             promised = self._promise(step)
             loading.verify(self._peers, path, promised)
+        except UnreadableError as error:
+            raise SaveFailedError(f"step-{step} exists and can't be read now: {error}") from error
         except DamagedError as error:
             logger.warning("step-%d is damaged (%s) and is saved anew", step, error)
             return None, True
@@ -268,13 +271,7 @@ class CheckpointManager:
 
     def _candidates(self, asked: int) -> list[int]:
         def look() -> list[int]:
-            found = self._root.steps() if self._root.path.is_dir() else []
-            if not found and self._saved_step is not None:
-                raise CheckpointError(
-                    f"{self._root.path} has no checkpoint, but step-{self._saved_step} was "
-                    "committed there: bring back the volume's content; a new job starts afresh"
-                )
-            return found
+            return self._root.steps() if self._root.path.is_dir() else []
 
         steps = self._peers.first(look)
         if asked >= 0 and asked not in steps:
@@ -284,6 +281,14 @@ class CheckpointManager:
             )
         self._refuse_overtaking(steps, asked)
         return steps if asked < 0 else [asked]
+
+    def _expect_nothing(self) -> None:
+        """Make sure that the run, of which nothing could be loaded, had nothing to lose."""
+        if self._saved_step is not None:
+            raise VanishedError(
+                f"{self._root.path} has no checkpoint, but step-{self._saved_step} was committed "
+                "there: bring back the volume's content; a new job starts afresh"
+            )
 
     def _refuse_overtaking(self, steps: list[int], asked: int) -> None:
         """Refuse a start behind checkpoints of this root.
