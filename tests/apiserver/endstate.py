@@ -9,6 +9,7 @@ VARYING = {
     "leader", "nonce", "notBefore", "ordered", "selector", "startTime", "started", "time",
     "tokensPerSecond", "uid", "until", "updated",
 }  # fmt: skip
+BLURRED = ("assignment", "attempts")
 ADDRESS = re.compile(r"\b127(\.\d+){3}\b")
 NODE = re.compile(r"\blab-\d+-(\d)\b")
 UID = re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
@@ -30,15 +31,18 @@ def masked(value: Any) -> Any:
 
 
 def blurred(state: dict[str, Any], fields: frozenset[str]) -> dict[str, Any]:
-    """A state without these fields of its attempts."""
+    """A state without these fields of its assignment and its attempts."""
     status = state["status"]
-    if status is None or "attempts" not in status:
+    if status is None:
         return state
-    attempts = [
-        {key: value for key, value in attempt.items() if key not in fields}
-        for attempt in status["attempts"]
-    ]
-    return {**state, "status": {**status, "attempts": attempts}}
+    parts = {key: _without(status[key], fields) for key in BLURRED if key in status}
+    return {**state, "status": {**status, **parts}}
+
+
+def _without(value: Any, fields: frozenset[str]) -> Any:
+    if isinstance(value, list):
+        return [_without(each, fields) for each in value]
+    return {key: each for key, each in value.items() if key not in fields}
 
 
 def difference(expected: Any, found: Any, where: str = "") -> list[str]:

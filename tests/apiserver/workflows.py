@@ -53,7 +53,8 @@ async def resize(lab: Lab) -> None:
 class Workflow:
     """One job's life, and what it comes to.
 
-    ``blurred`` are fields of the attempts that depend on what was seen last of a leader that went.
+    ``blurred`` are fields of the assignment and the attempts that depend on what was seen last of a
+    leader that went.
     """
 
     name: str
@@ -104,7 +105,15 @@ LEADER_DELETED = Workflow(
     attempts=("PodDeleted",),
     # An operator that is back only after the pod is gone doesn't know what that left behind.
     blurred=frozenset(
-        {"step", "startStep", "checkpointStep", "lostSeconds", "exitCode", "message"}
+        {
+            "step",
+            "startStep",
+            "checkpointStep",
+            "savedStep",
+            "lostSeconds",
+            "exitCode",
+            "message",
+        }
     ),
 )
 SUSPEND = Workflow(
