@@ -16,7 +16,6 @@ Every system call that changes something is spelled ``os.<call>`` here and in :m
 tests can count, interrupt and replay them.
 """
 
-import errno
 import hashlib
 import os
 import stat
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from pretrain_trainer.alive import Alive, unwatched
+from pretrain_trainer.errors import LASTING
 
 from .errors import DamagedError, UnreadableError
 
@@ -36,12 +36,6 @@ CHUNK_BYTES: Final = 16 << 20
 
 # Digests run in threads beside the copying; more than this finds no free memory bandwidth.
 _THREADS = min(4, os.cpu_count() or 1)
-
-# What the storage says of a file that somebody has removed or replaced. Anything else, such as a
-# stale handle, may pass.
-REPLACED: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-# And of one that this process may never read.
-_LASTING = (*REPLACED, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,7 +55,7 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 
 def unread(what: str, error: OSError) -> DamagedError:
     """The error for something that could not be read: whether it is to blame, or the storage."""
-    kind = DamagedError if error.errno in _LASTING else UnreadableError
+    kind = DamagedError if error.errno in LASTING else UnreadableError
     return kind(f"{what}: {error.strerror or error}")
 
 

@@ -43,9 +43,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
+from pretrain_trainer.errors import REPLACED
+
 from . import manifest
 from .errors import CheckpointConfigError, CheckpointError, DamagedError, FencedError
-from .files import REPLACED, Folder, sync_folder, write_durably
+from .files import Folder, sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,6 @@
 """What can go wrong with data, sorted by whether trying again can help."""
 
-import errno
-
-# What storage says where a person has to do something; anything else, as a stale handle, may pass.
-_LASTING = (
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
-    errno.ENAMETOOLONG,
-)  # fmt: skip
+from pretrain_trainer.errors import LASTING
 
 
 class DataError(ValueError):
@@ -23,6 +17,6 @@ class DataUnavailableError(RuntimeError):
 def unread(path: str, error: OSError, remedy: str) -> DataError | DataUnavailableError:
     """The error for a file that storage doesn't give out; ``remedy`` is for people."""
     said = error.strerror or str(error)
-    if error.errno in _LASTING:
+    if error.errno in LASTING:
         return DataError(f"{path}: can't be read ({said}); {remedy}")
     return DataUnavailableError(f"{path}: can't be read now ({said})")
